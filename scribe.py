@@ -1,0 +1,3245 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=15", "httpx>=0.27", "aiobotocore>=2.19"]
+# ///
+"""scribe: live speech to text over one WebSocket.
+
+A client streams audio to /ws. scribe cuts it into windows at the pauses, posts each window to a Whisper
+endpoint (/v1/audio/transcriptions), streams the text back, and keeps recording and transcript in S3.
+
+The file reads in the order in which audio passes through it: settings, formats, segmenter, transcript,
+endpoint, desk, spool, archive, session, server, main. Formats, segmenter and transcript are pure: bytes and
+values in, values out; they know no socket, no clock and no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import fcntl
+import hmac
+import importlib.util
+import json
+import logging
+import math
+import multiprocessing
+import operator
+import os
+import random
+import re
+import secrets
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from array import array
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import accumulate, pairwise, takewhile
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from urllib.parse import parse_qsl
+
+import httpx
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+log = logging.getLogger("scribe")
+T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings, by which the operator decides, and options, by which a client does: two frozen dataclasses, read
+# from text by one function. A setting is an environment variable (its name in capitals) and a flag (with
+# dashes; the flag wins). Secrets have no flag: every user of a machine sees its command lines. An option is a
+# query parameter. Whatever cannot be used is refused by name.
+# ------------------------------------------------------------------------------------------------------------
+
+OPENAI_URL = "https://api.openai.com/v1"
+URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,4}|:[1-5]\d{4})?(/\S*)?")
+RAW_FORMATS = ("pcm_s16le", "pcm_f32le", "mulaw", "alaw")
+RATES, CHANNELS = range(8000, 192_001), range(1, 9)  # of audio, in Hz; and how many
+PROMPT_CHARACTERS = 896  # Whisper reads the last 224 tokens of a prompt
+SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
+
+
+class ValueRefused(Exception):
+    """A setting or an option that cannot be used; the message names it."""
+
+
+def value(default: Any, text: str = "", valid: Any = None, secret: bool = False) -> Any:
+    """A field: default, line in --help, and what is valid: a range, a tuple of bounds or words, a pattern."""
+    return field(default=default, repr=not secret, metadata={"text": text, "valid": valid, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator decides."""
+
+    openai_api_key: str = value("", "key of the endpoint", re.compile("[!-~]*"), secret=True)
+    openai_base_url: str = value(OPENAI_URL, "base URL of the endpoint", URL)
+    endpoint_url: str = value("", "full URL, where it is not BASE/audio/transcriptions", URL)
+    key_header: str = value(
+        "Authorization", "header for the key; any but Authorization has it bare", re.compile("[A-Za-z0-9-]+")
+    )
+    model: str = value("whisper-1", "model that the endpoint is asked for")
+    offline: bool = value(False, "PocketSphinx in place of an endpoint: English only, and rough")
+    host: str = value("localhost", "address to listen on")
+    port: int = value(8000, "port to listen on; 0: any free one", range(65536))
+    scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
+    max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
+    concurrency: int = value(8, "endpoint requests at once", range(1, 1001))
+    requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
+    request_seconds: float = value(15.0, "limit of one endpoint request", (0.1, 600))
+    deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
+    upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 16, 1 << 32))
+    interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
+    session_billed_seconds: int = value(0, "cap on billed seconds of a session; 0: none", range(1 << 31))
+    hourly_billed_seconds: int = value(0, "cap on billed seconds in an hour; 0: none", range(1 << 31))
+    spool_dir: str = value(".spool", "directory of the sessions' audio and journals")
+    spool_bytes: int = value(20_000_000_000, "size of the spool that refuses new sessions", range(1 << 60))
+    grace_seconds: float = value(60.0, "how long a lost client may come back to its session", (0, 86_400))
+    drain_seconds: float = value(30.0, "how long SIGTERM waits for sessions that have ended", (0, 3600))
+    s3_bucket: str = value("", "bucket for recordings and transcripts; none: they are not kept")
+    s3_prefix: str = value("", "prefix of the keys in the bucket")
+    archive_seconds: float = value(10.0, "how long `complete` waits for the bucket", (0, 600))
+    log_level: str = value("info", "debug, info, warning or error", ("debug", "info", "warning", "error"))
+
+    @classmethod
+    def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+        """Settings from flags and environment variables. Raises ValueRefused; --help leaves by SystemExit."""
+        parser = argparse.ArgumentParser(prog="scribe.py", epilog="Only as environment variables:")
+        for item in dataclasses.fields(cls):
+            text = f"{item.metadata['text']} [{item.name.upper()}, {item.default or 'none'}]"
+            if item.metadata["secret"]:
+                parser.epilog = f"{parser.epilog} {item.name.upper()}: {item.metadata['text']}."
+                continue
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if item.default is False else {}
+            parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
+        texts = {
+            item.name: environment.get(item.name.upper(), "").strip() for item in dataclasses.fields(cls)
+        }
+        texts |= {name: text for name, text in vars(parser.parse_args(arguments)).items() if text}
+        settings = read_values(cls, {name: text for name, text in texts.items() if text}, str.upper)
+        hosted = settings.openai_base_url == OPENAI_URL and not settings.endpoint_url
+        if hosted and not (settings.offline or settings.openai_api_key):
+            ways = "set OPENAI_API_KEY, point OPENAI_BASE_URL or ENDPOINT_URL at your own, or try --offline"
+            raise ValueRefused(f"no transcription endpoint: {ways}")
+        return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the client decides."""
+
+    format: str = value("auto", valid=("auto", *RAW_FORMATS))
+    rate: int = value(16000, valid=RATES)
+    channels: int = value(1, valid=CHANNELS)
+    language: str = value("", valid=re.compile("[a-z]{2,3}|auto"))  # ISO 639-1; auto is for whisper.cpp
+    prompt: str = value("", valid=re.compile(rf"(?s).{{0,{PROMPT_CHARACTERS}}}"))
+    task: str = value("transcribe", valid=("transcribe", "translate"))
+    interim: bool = value(False)
+    words: bool = value(False)
+    acks: bool = value(False)
+    session: str = value("", valid=SESSION_ID)
+    after: int = value(0, valid=range(1 << 31))
+    token: str = value("", secret=True)
+
+    @classmethod
+    def parse(cls, query: str) -> Options:
+        """Options from a URL's query. Raises ValueRefused."""
+        given = parse_qsl(query, keep_blank_values=True)
+        names = [item.name for item in dataclasses.fields(cls)]
+        for name, count in Counter(name for name, _ in given).items():
+            if name not in names or count > 1:
+                why = "is given twice" if name in names else f"is no option; there are {', '.join(names)}"
+                raise ValueRefused(f"{name[:40]!r} {why}")
+        if "after" in dict(given) and "session" not in dict(given):
+            raise ValueRefused("after: goes with session")
+        return read_values(cls, dict(given), str)
+
+
+def read_values(cls: type[T], given: Mapping[str, str], shown: Callable[[str], str]) -> T:
+    """An object of a dataclass from texts by field name. Raises ValueRefused with the name as it is shown."""
+    values = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.name not in given:
+            continue
+        text, valid = given[item.name], item.metadata["valid"]
+        kind: Callable[[str], Any] = type(item.default)
+        try:
+            values[item.name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            wanted = "true or false" if kind is bool else "a number"
+            raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}") from None
+        if not _is_valid(values[item.name], valid):
+            raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {_wanted(valid)}")
+    return cls(**values)
+
+
+def _is_valid(found: Any, valid: Any) -> bool:
+    if isinstance(valid, re.Pattern):
+        return bool(valid.fullmatch(found))
+    if isinstance(found, float):
+        return bool(valid[0] <= found <= valid[1])
+    return valid is None or found in valid
+
+
+def _wanted(valid: Any) -> str:
+    if isinstance(valid, re.Pattern):
+        return f"of the form {valid.pattern}"
+    ends = isinstance(valid, range) or not isinstance(valid[0], str)
+    return f"between {valid[0]} and {valid[-1]}" if ends else f"one of {', '.join(valid)}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Formats: bytes in, frames out; frames in, files out.
+#
+# A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
+# wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the
+# session's stream, which the spool holds as received, and `file` is given those bytes again. Time is the sum
+# of the frames' durations.
+#
+# A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
+# stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
+# limit, so the buffer never holds more. What cannot be read is skipped up to the next mark that the format
+# knows, with a warning; a format without marks ends there, and `error` says why. The frames before it stand.
+# ------------------------------------------------------------------------------------------------------------
+
+LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
+LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
+LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
+MOST_WARNINGS = 100  # of one stream; more would only repeat them
+SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
+MIN_POST_SECONDS = 1.0  # several backends return nothing for less
+CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
+
+Steps = Generator[None, None, None]
+
+
+class FormatError(Exception):
+    """The stream cannot be read further; the message says where (byte) and what to do."""
+
+
+class Damage(FormatError):
+    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
+
+
+class Frame(NamedTuple):
+    """The smallest run of audio that may begin or end a window."""
+
+    offset: int  # of its first byte in the session's stream
+    size: int  # bytes
+    seconds: float
+    level: float = math.nan  # loudness, about dBFS; NaN where nothing tells, which counts as speech
+
+
+class Format:
+    """What all formats are. A subclass gives `step`, which reads one element, and `file`."""
+
+    name = "unknown"
+    extension = media_type = ""  # of the files that `file` makes
+    archive = ("bin", "application/octet-stream")  # extension and media type of the stream as received
+    lead = 0.0  # seconds of frames that a decoder must have in front of a window
+    mark: ClassVar[re.Pattern[bytes] | None] = None  # four bytes, where reading can begin again after damage
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
+        self.error: FormatError | None = None  # the stream cannot be read further
+        self.offset, self.buffer = 0, bytearray()  # what is not yet read, and where in the stream it begins
+        self.found: list[Frame] = []  # since the last call of `feed`
+        self._begun = self._warned = 0  # where the element begins that is being read; how many warnings
+        self._steps = self._run()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are whole with the next piece of the stream, of any size."""
+        if self.error is None:
+            self.buffer += data
+            try:
+                next(self._steps)
+            except FormatError as error:
+                self.error = error
+                self.buffer.clear()
+        frames, self.found = self.found, []
+        return frames
+
+    def end(self) -> list[Frame]:
+        """The frames that are whole because the stream is over."""
+        if self.error is None and self._begun < self.offset + len(self.buffer):
+            self.warn(f"The stream breaks off in what begins at byte {self._begun}; that part is not used.")
+        return []
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
+        raise NotImplementedError
+
+    def stored(self, size: int) -> tuple[bytes, int, int]:
+        """The recording of a stream of `size` bytes: a header, and offset and size of what is behind it."""
+        return b"", 0, size
+
+    def step(self) -> Steps:
+        """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
+        raise NotImplementedError
+
+    def sync(self, damage: Damage) -> Steps:
+        """Drop what comes before the next mark. Without marks, damage ends the stream."""
+        if self.mark is None:
+            raise FormatError(f"Byte {self._begun}: {damage}. {CONVERT}")
+        while not (found := self.mark.search(self.buffer)):
+            self.drop(max(0, len(self.buffer) - 3))
+            yield
+        self.drop(found.start())
+
+    def _run(self) -> Steps:
+        while True:
+            self._begun = self.offset
+            try:
+                yield from self.step()
+            except Damage as damage:
+                yield from self.sync(damage)
+                if self.offset > self._begun:
+                    self.warn(f"Bytes {self._begun} to {self.offset - 1} were skipped: {damage}.")
+
+    def need(self, size: int) -> Steps:
+        """Wait until the buffer holds so many bytes."""
+        if size > LARGEST_TAKE:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while len(self.buffer) < size:
+            yield
+
+    def take(self, size: int) -> Generator[None, None, bytes]:
+        """Wait for the next bytes."""
+        yield from self.need(size)
+        return self.drop(size)
+
+    def drop(self, size: int) -> bytes:
+        """Take bytes out of the buffer."""
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        self.offset += len(data)
+        return data
+
+    def skip(self, size: int) -> Steps:
+        """Pass over bytes without holding them."""
+        if size > LARGEST_SKIP:
+            raise Damage(f"{size} bytes are claimed for one element")
+        end = self.offset + size
+        while self.offset + len(self.buffer) < end:
+            self.drop(len(self.buffer))
+            yield
+        self.drop(end - self.offset)
+
+    def warn(self, text: str) -> None:
+        """Say what was skipped, but do not flood the client of a damaged stream."""
+        self._warned += 1
+        if self._warned <= MOST_WARNINGS:
+            self.warnings.append(text)
+
+
+# ---- PCM and WAV: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16
+
+FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
+LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
+ENDLESS = sys.maxsize  # bytes of samples to come, of a stream that does not say
+LIVE_SIZE = 0x7FFF_0000  # from here on, and at 0, the data size of a WAV is a streaming writer's, and no size
+CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
+
+Decoder = Callable[[bytes, int], memoryview]  # of samples; gives every so-many-th as PCM16
+
+
+def _woven(low: bytes, high: bytes) -> memoryview:
+    samples = bytearray(2 * len(high))
+    samples[0::2], samples[1::2] = low, high
+    return memoryview(samples).cast("h")
+
+
+def _codes(linear: Callable[[int], int]) -> Decoder:
+    """8-bit codes: one `bytes.translate` for the low bytes of the samples, one for the high."""
+    table = struct.pack("<256h", *map(linear, range(256)))
+    low, high = table[0::2], table[1::2]
+    return lambda data, stride: _woven(data[::stride].translate(low), data[::stride].translate(high))
+
+
+def _integers(size: int) -> Decoder:
+    """Integers of more than 16 bits: the two high bytes of each."""
+    return lambda data, stride: _woven(data[size - 2 :: size * stride], data[size - 1 :: size * stride])
+
+
+def _floats(code: str) -> Decoder:
+    """Floats. Beyond full scale they clip; NaN is neither above nor below, and silent."""
+
+    def decode(data: bytes, stride: int) -> memoryview:
+        floats = memoryview(data).cast(code)[::stride]  # type: ignore[call-overload]
+        clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
+        return memoryview(array("h", clipped))
+
+    return decode
+
+
+def _mulaw(code: int) -> int:
+    """ITU-T G.711, mu-law."""
+    code ^= 0xFF
+    magnitude = (((code & 0x0F) << 3) + 0x84 << ((code & 0x70) >> 4)) - 0x84
+    return -magnitude if code & 0x80 else magnitude
+
+
+def _alaw(code: int) -> int:
+    """ITU-T G.711, A-law."""
+    code ^= 0x55
+    segment, step = (code & 0x70) >> 4, ((code & 0x0F) << 4) + 8
+    magnitude = step + 0x100 << segment - 1 if segment else step
+    return magnitude if code & 0x80 else -magnitude
+
+
+class Encoding(NamedTuple):
+    """How samples are written."""
+
+    size: int  # bytes of a sample
+    tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
+    decode: Decoder
+
+
+ENCODINGS = {  # cast and array have the machine's order of bytes: little-endian, wherever this runs
+    "pcm_u8": Encoding(1, 1, _codes(lambda code: (code - 128) << 8)),
+    "pcm_s16le": Encoding(2, 1, lambda data, stride: memoryview(data).cast("h")[::stride]),
+    "pcm_s24le": Encoding(3, 1, _integers(3)),
+    "pcm_s32le": Encoding(4, 1, _integers(4)),
+    "pcm_f32le": Encoding(4, 3, _floats("f")),
+    "pcm_f64le": Encoding(8, 3, _floats("d")),
+    "alaw": Encoding(1, 6, _codes(_alaw)),
+    "mulaw": Encoding(1, 7, _codes(_mulaw)),
+}
+WAV_ENCODINGS = {(encoding.tag, 8 * encoding.size): name for name, encoding in ENCODINGS.items()}
+
+
+def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
+    """The header of a WAV with `size` bytes of samples; RF64 (EBU Tech 3306) where 32 bits cannot hold it."""
+    block = encoding.size * channels
+    fmt = struct.pack("<HHIIHH", encoding.tag, channels, rate, rate * block, block, 8 * encoding.size)
+    fact = b""
+    if encoding.tag != 1:  # all but PCM have a size of extension and a fact chunk
+        fmt, fact = fmt + bytes(2), struct.pack("<4sII", b"fact", 4, min(size // block, 0xFFFF_FFFF))
+    chunks = struct.pack("<4sI", b"fmt ", len(fmt)) + fmt + fact + b"data"
+    whole = 8 + len(chunks) + size
+    if whole <= 0xFFFF_FFFF:
+        return struct.pack("<4sI4s", b"RIFF", whole, b"WAVE") + chunks + size.to_bytes(4, "little")
+    ds64 = struct.pack("<4sIQQQI", b"ds64", 28, whole + 36, size, size // block, 0)
+    return b"RF64\xff\xff\xff\xffWAVE" + ds64 + chunks + b"\xff\xff\xff\xff"
+
+
+class Pcm(Format):
+    """Raw samples of a declared encoding."""
+
+    name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
+
+    def __init__(self, encoding: str, rate: int, channels: int) -> None:
+        super().__init__()
+        self._data = self._size = 0  # where the samples begin, and how many bytes of them were read
+        self._left = ENDLESS
+        self._declare(encoding, rate, channels)
+
+    def _declare(self, encoding: str, rate: int, channels: int) -> None:
+        self.encoding, self.rate, self.channels = ENCODINGS[encoding], rate, channels
+        self.block = self.encoding.size * channels  # bytes of one sample of every channel
+        self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
+        # a level listens to every stride-th sample of a frame: the same ones in each, of all channels in turn
+        samples, most = self._unit // self.encoding.size, rate * channels // LEVEL_HZ
+        self._stride = max(s for s in range(1, most + 1) if samples % s == 0 and math.gcd(s, channels) == 1)
+
+    def step(self) -> Steps:
+        yield from self.need(self._unit)
+        self.found += self._read(self._unit)
+
+    def end(self) -> list[Frame]:
+        """The last samples, which do not fill a frame."""
+        return self._read(self.block)
+
+    def _read(self, multiple: int) -> list[Frame]:
+        """Frames of the samples in the buffer, as far as they are a multiple of so many bytes."""
+        begin, ready = self.offset, min(self._left, len(self.buffer))
+        data = self.drop(ready - ready % multiple)
+        self._left -= len(data)
+        self._size += len(data)
+        frames, unit = [], self._unit
+        samples, spacing = self.encoding.decode(data, self._stride), self._stride * self.encoding.size
+        for at in range(0, len(data), unit):
+            heard, size = samples[at // spacing : (at + unit) // spacing], min(unit, len(data) - at)
+            power = math.hypot(*heard) / 32768
+            level = 20 * math.log10(power) - 10 * math.log10(len(heard)) if power else SILENT_DB
+            frames.append(Frame(begin + at, size, size / self.block / self.rate, level))
+        return frames
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
+        samples = bytes(self.encoding.decode(b"".join(frames[lead:]), 1))
+        samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
+        return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
+
+    def stored(self, size: int) -> tuple[bytes, int, int]:
+        """A WAV in the stream's own encoding: the samples as received under a correct header."""
+        return wav_header(self.encoding, self.rate, self.channels, self._size), self._data, self._size
+
+
+class Wav(Pcm):
+    """A WAV as it is streamed: any encoding, rate and channels. Sizes are believed where they can be true."""
+
+    name = "wav"
+
+    def __init__(self) -> None:
+        super().__init__("pcm_s16le", 16000, 1)
+        self._left = 0
+
+    def step(self) -> Steps:
+        """Read the header, the samples, and what follows them."""
+        yield from self.skip(12)
+        size = yield from self._header()
+        self._data = self.offset
+        self._left = ENDLESS if size == 0 or size >= LIVE_SIZE else size - size % self.block
+        while self._left >= self._unit:
+            yield from super().step()
+        yield from self.need(self._left)
+        self.found += self._read(self.block)
+        padding = size % self.block + size % 2
+        yield from self.need(padding + 8)
+        behind = bytes(self.buffer[padding : padding + 8])
+        if behind.startswith(b"RIFF"):
+            raise FormatError(f"Byte {self.offset}: a second WAV begins; one is transcribed in a session.")
+        while CHUNK.fullmatch(behind):  # no more samples
+            self.drop(len(self.buffer))
+            yield
+        self._left = ENDLESS  # the writer never came back to correct the size
+        while True:
+            yield from super().step()
+
+    def end(self) -> list[Frame]:
+        if not self._data and not self.error:
+            where = self.offset + len(self.buffer)
+            self.error = FormatError(f"Byte {where}: the WAV ends before its samples.")
+        return super().end()
+
+    def _header(self) -> Generator[None, None, int]:
+        """Read all up to the samples; the size that is claimed for them, in bytes."""
+        known = False
+        while True:
+            kind, size = struct.unpack("<4sI", (yield from self.take(8)))
+            if kind == b"data" and known:
+                return int(size)
+            if kind == b"data" or (kind == b"fmt " and not 16 <= size <= 1024):
+                raise FormatError(f"Byte {self.offset}: the WAV does not say what its samples are.")
+            if kind == b"fmt ":
+                self._read_fmt((yield from self.take(size)))
+                known = True
+            yield from self.skip(size % 2 if kind == b"fmt " else size + size % 2)
+
+    def _read_fmt(self, fmt: bytes) -> None:
+        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16])
+        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
+            tag = int.from_bytes(fmt[24:26], "little")
+        name = WAV_ENCODINGS.get((tag, bits))
+        if name is None or rate not in RATES or channels not in CHANNELS:
+            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
+            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
+            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
+        self._declare(name, rate, channels)
+
+
+# ---- Opus: packets in, Ogg files out ----
+#
+# Windows of Opus are posted as Ogg files, whatever container the packets came in. A packet is a byte that
+# says what it is (TOC) and one or more frames (RFC 6716, 3). Ogg writes packets into pages; behind a page's
+# header stand laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
+#
+# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
+# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
+# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
+# energies from the frame before, so every packet must be seen, in order. A model is the cumulative
+# frequencies of the symbols of an alphabet.
+
+LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
+LARGEST_OPUS_FRAME = 1275  # bytes (3.4)
+LONGEST_PACKET = 5760  # samples, 120 ms (3.4)
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
+
+
+def model(*frequencies: int) -> list[int]:
+    """The model of symbols of these frequencies."""
+    return list(accumulate(frequencies))
+
+
+def laplace(zero: int, decay: int) -> list[int]:
+    """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
+    frequencies = [zero << 7]
+    left = 32768 - frequencies[0]
+    width = ((left - 32) * (16384 - (decay << 6)) >> 15) + 1  # the 32 leave room for 16 symbols of each sign
+    while left > 0:
+        frequencies += [min(width, left), max(0, min(width, left - width))]
+        left -= 2 * width
+        width = ((width - 1) * (decay << 7) >> 15) + 1
+    return model(*frequencies)
+
+
+EVEN, EIGHTH, RARE = model(1, 1), model(7, 1), model(32767, 1)  # flags, by how often they are set
+OCTAVE, TAPSET = model(1, 1, 1, 1, 1, 1), model(2, 1, 1)
+CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
+CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
+# Probability of 0 and decay: of energies predicted from the last frame, and of those that are not (intra).
+CELT_ZEROS = (42, 96, 108, 111, 117, 123, 120, 119, 127, 134, 139, 147, 152)
+CELT_DECAYS = (121, 66, 43, 40, 44, 32, 36, 33, 33, 34, 21, 23, 20)
+CELT_INTRA_ZEROS = (22, 63, 74, 84, 92, 103, 96, 96, 101, 107, 113, 118, 125)
+CELT_INTRA_DECAYS = (178, 114, 82, 83, 82, 62, 72, 67, 73, 72, 55, 52, 52)
+CELT_INTER = 0.5, 0.2, list(map(laplace, CELT_ZEROS, CELT_DECAYS))  # alpha, beta, models
+CELT_INTRA = 0.0, 0.15, list(map(laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECAYS))
+CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
+    4 ** (mean / 16) / (1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240))
+    for mean, (low, high) in zip(CELT_MEANS, pairwise(CELT_EDGES), strict=True)
+]
+CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
+CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
+
+SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
+    model(7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7),
+    *(model(85, 86, 85), model(51, 51, 52, 51, 51)) * 2,
+]
+SILK_MID_ONLY = model(192, 64)
+SILK_TYPES = model(26, 230), model(24, 74, 148, 10)  # without and with voice activity
+SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
+    model(32, 112, 68, 29, 12, 1, 1, 1),
+    model(2, 17, 45, 60, 62, 47, 19, 4),
+    model(1, 3, 26, 71, 94, 50, 9, 2),
+)
+SILK_LOW_BITS = model(1, 1, 1, 1, 1, 1, 1, 1)
+SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
+SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
+SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
+
+
+class RangeDecoder:
+    """Symbols out of the first 64 bytes of a frame, which is more than any level takes."""
+
+    def __init__(self, frame: bytes) -> None:
+        self.bytes = (int.from_bytes(frame[:64].ljust(80, b"\0"), "big") >> 1).to_bytes(80, "big")
+        self.at = 4
+        self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
+        self.range = 1 << 31
+
+    def read(self, model: list[int]) -> int:
+        """The next symbol, by its place in the alphabet."""
+        total = model[-1]
+        unit = self.range // total
+        place = total - 1 - self.value // unit
+        symbol = bisect_right(model, place) if place > 0 else 0
+        above = unit * (total - model[symbol])
+        self.value -= above
+        self.range = unit * (model[symbol] - model[symbol - 1]) if symbol else self.range - above
+        while self.range <= 1 << 23:
+            self.range <<= 8
+            self.value = (self.value << 8 | 255 - self.bytes[self.at]) & 0x7FFFFFFF
+            self.at += 1
+        return symbol
+
+
+def opus_frames(packet: bytes) -> list[bytes]:
+    """The frames of a packet; none where it breaks a rule of RFC 6716, 3.4."""
+    if not packet:
+        return []
+    code, at, end = packet[0] & 3, 1, len(packet)
+    count, variable = (1, 2, 2, 0)[code], code == 2
+    if code == 3 and at < end:
+        count, variable, padded, at = packet[1] & 63, packet[1] > 127, packet[1] & 64 > 0, 2
+        while padded and at < len(packet):
+            padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
+    if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= LONGEST_PACKET:
+        return []
+    sizes = [(end - at) // count] * count
+    if variable:
+        for i in range(count - 1):
+            first, second = packet[at : at + 2].ljust(2, b"\0")
+            sizes[i] = first + 4 * second if first >= 252 else first
+            at += 2 if first >= 252 else 1
+        sizes[-1] = end - at - sum(sizes[:-1])
+    if min(sizes) < 0 or max(sizes) > LARGEST_OPUS_FRAME or at + sum(sizes) != end:
+        return []
+    return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
+
+
+def opus_samples(packet: bytes) -> int:
+    """The duration of a packet, 48 kHz."""
+    return sum(OPUS_SAMPLES[packet[0] >> 3] for _ in opus_frames(packet))
+
+
+def ogg_sum(page: bytes) -> bytes:
+    """A page's checksum: that of zlib, but with the bits of bytes mirrored, and without its inversions."""
+    value = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return value.to_bytes(4, "big").translate(MIRRORED)
+
+
+def ogg_page(flags: int, samples: int, number: int, packets: Sequence[bytes]) -> bytes:
+    """A page of whole packets; flags: 2 for the first of a file, 4 for the last."""
+    laces = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets)
+    place = samples.to_bytes(8, "little") + b"\1\0\0\0" + number.to_bytes(4, "little")
+    page = b"OggS\0%c%b\0\0\0\0%c%b%b" % (flags, place, len(laces), laces, b"".join(packets))
+    return page[:22] + ogg_sum(page) + page[26:]
+
+
+class Opus(Format):
+    """Opus in some container. Every packet is a frame."""
+
+    extension, media_type, lead = "ogg", "audio/ogg", 0.08
+    head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"  # in case the stream has none: two channels, 48 kHz
+    energies = [[0.0] * len(CELT_MEANS)] * 2  # of the last CELT frame by channel and band, log2
+
+    def header(self, head: bytes) -> None:
+        """Take an OpusHead; a recording begins."""
+        if not head.startswith(b"OpusHead") or len(head) < 19:
+            raise Damage("a broken OpusHead")
+        self.head, self.energies = head, Opus.energies
+
+    def packet(self, packet: bytes, offset: int, size: int) -> None:
+        """Take a packet that lies at `offset` of the stream, in `size` bytes."""
+        frames = opus_frames(packet) if size < LARGEST_PACKET else []
+        if not frames:
+            self.warn(f"Bytes {offset} to {offset + size - 1} were skipped: they are no packet of Opus.")
+            return
+        level = math.nan if self.head[18] else self.level(packet[0], frames)  # several streams in one
+        self.found.append(Frame(offset, size, len(frames) * OPUS_SAMPLES[packet[0] >> 3] / 48000, level))
+
+    def level(self, toc: int, frames: list[bytes]) -> float:
+        """Mean loudness of a packet's frames in dBFS; NaN for CELT frames that are shorter than 20 ms."""
+        samples, stereo, celt, power = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128, 0.0
+        if celt and samples < 960:
+            return math.nan
+        for frame in frames:
+            if len(frame) > 2:  # shorter ones stand for silence that is not sent
+                level = self._celt(frame, stereo) if celt else self._silk(frame, stereo, -(-samples // 960))
+                power += 10 ** (level / 10)
+        return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power / len(frames) + 1e-12)))
+
+    def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
+        """Loudness in dBFS of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
+        self.energies = Opus.energies
+        read = RangeDecoder(frame).read
+        voices = [[read(EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
+        if any(channel.pop() for channel in voices):
+            return SILK_COPIED[any(voices[0])]
+        for alphabet in SILK_STEREO if stereo else []:
+            read(alphabet)
+        if stereo and not voices[1][0]:
+            read(SILK_MID_ONLY)
+        voice = voices[0][0]
+        kind = voice + read(SILK_TYPES[voice]) // 2
+        return SILK_LEVELS[kind] + SILK_STEP * (8 * read(SILK_GAINS[kind]) + read(SILK_LOW_BITS))
+
+    def _celt(self, frame: bytes, stereo: bool) -> float:
+        """Loudness in dBFS of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
+        decoder = RangeDecoder(frame)
+        read = decoder.read
+        if read(RARE):
+            self.energies = [[-28.0] * len(CELT_MEANS)] * 2
+            return SILENT_DB
+        if read(EVEN):  # a pitch filter; the rest of it stands at the frame's other end
+            read(OCTAVE)
+            read(TAPSET)
+        short = read(EIGHTH)
+        alpha, beta, models = CELT_INTRA if read(EIGHTH) else CELT_INTER
+        channels = [energies.copy() for energies in self.energies[: 1 + stereo]]
+        below, power = [0.0, 0.0], 0.0
+        for band, (alphabet, weight) in enumerate(zip(models, CELT_WEIGHTS, strict=True)):
+            for channel, energies in enumerate(channels):
+                symbol = read(alphabet) if decoder.at <= len(frame) + 1 else 1  # -1 where the frame is over
+                change = -(symbol + 1 >> 1) if symbol & 1 else symbol >> 1
+                energies[band] = energy = alpha * max(-9.0, energies[band]) + below[channel] + change
+                below[channel] += (1 - beta) * change
+                power += weight * 4 ** min(energy, 32.0)
+        self.energies = channels if stereo else channels * 2
+        return CELT_FULL_SCALE + CELT_SHORT * short + 10 * math.log10(power / len(channels))
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """An Ogg file. Its pre-skip makes the decoder drop the lead, to the sample."""
+        skip = min(65535, sum(map(opus_samples, frames[:lead]))).to_bytes(2, "little")
+        head = self.head[:10] + skip + self.head[12:]
+        pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
+        samples, room = 0, 255  # laces that the page has room for
+        waiting: list[bytes] = []
+        for packet in frames:
+            laces = len(packet) // 255 + 1
+            if laces > room:
+                pages.append(ogg_page(0, samples, len(pages), waiting))
+                waiting, room = [], 255
+            waiting.append(packet)
+            room -= laces
+            samples += opus_samples(packet)
+        return b"".join([*pages, ogg_page(4, samples, len(pages), waiting)])
+
+
+class OggOpus(Opus):
+    """Opus in Ogg. Where a packet goes on in the next page, its frame holds that page's header too."""
+
+    name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
+    inner = re.compile(rb"(?s)OggS\0[\1\5].{20}(.)")  # header of a page that goes on with a packet
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.serial = b""  # of the logical stream that is read
+        self.part, self.part_offset = b"", -1  # of a packet that goes on in the next page; -1 for none
+
+    def step(self) -> Steps:
+        """Read one page."""
+        yield from self.need(27)
+        body = 27 + self.buffer[26] if self.buffer.startswith(b"OggS") else 27
+        yield from self.need(body)
+        laces = self.buffer[27:body]
+        yield from self.need(body + sum(laces))
+        page, begin = bytes(self.buffer[: body + sum(laces)]), self.offset
+        if not page.startswith(b"OggS") or ogg_sum(page) != page[22:26]:
+            self.drop(1)
+            self.part_offset = -1
+            raise Damage("no whole page of Ogg")
+        self.drop(len(page))
+        if page[5] & 2 and page.startswith(b"OpusHead", body):
+            self.serial = page[14:18]
+        if page[14:18] != self.serial:
+            return
+        if not page[5] & 1:
+            self.part, self.part_offset = b"", begin + body
+        start = end = body
+        for lace in laces:
+            end += lace
+            if lace < 255:
+                self.whole(self.part + page[start:end], self.part_offset, begin + end)
+                start, self.part, self.part_offset = end, b"", begin + end
+        self.part = (self.part + page[start:])[:LARGEST_PACKET]
+
+    def whole(self, packet: bytes, offset: int, end: int) -> None:
+        """Take a packet that ends at byte `end`; an offset of -1 says that its beginning is lost."""
+        if packet.startswith(b"OpusHead"):
+            self.header(packet)
+        elif offset >= 0 and not packet.startswith(b"OpusTags"):
+            self.packet(packet, offset, end - offset)
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """See Opus. Headers of pages are taken out of the packets."""
+        packets = []
+        for packet in frames:
+            while found := self.inner.search(packet):
+                packet = packet[: found.start()] + packet[found.end() + found[1][0] :]
+            packets.append(packet)
+        return super().file(packets, lead)
+
+
+# ---- WebM: what browsers record ----
+#
+# Elements are an ID, a size and a content; both numbers are of variable length (RFC 8794). Recorders leave
+# the sizes of Segment and Cluster unknown, so there is no stack: containers are entered, never left, and all
+# else is of a size.
+
+EBML, CLUSTER, TRACK = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\xae"
+SEGMENT, TRACKS, BLOCK_GROUP = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xa0"
+NUMBER, CODEC, OPUS_HEAD = b"\xd7", b"\x86", b"\x63\xa2"  # in Track: its number, CodecID, CodecPrivate
+BLOCKS = b"\xa3", b"\xa1"  # SimpleBlock, Block
+# What else stands in clusters and block groups: times, sizes, references, additions, filling, checksums.
+DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75[\xa1\xa2]")
+
+
+class WebM(Opus):
+    """Opus in WebM: the first track that has it. A new recording may begin in mid-stream."""
+
+    name, archive = "webm", ("webm", "audio/webm")
+    mark = re.compile(re.escape(EBML) + b"|" + re.escape(CLUSTER))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.track = -1  # first byte of the blocks that are read
+        self.entry: dict[bytes, bytes] = {}  # of the track that is being described
+        self.entry_end = 0  # offset behind it
+
+    def number(self, longest: int) -> Generator[None, None, bytes]:
+        """A number of variable length, still with the bit that marks its length."""
+        yield from self.need(1)
+        length = 9 - self.buffer[0].bit_length()
+        if length > longest:
+            self.drop(1)
+            raise Damage("no element of WebM")
+        return (yield from self.take(length))
+
+    def step(self) -> Steps:
+        """Read one element, or enter it."""
+        element = yield from self.number(4)
+        digits = yield from self.number(8)
+        size = int.from_bytes(digits, "big") ^ 1 << 7 * len(digits)
+        if element in BLOCKS:
+            self.block((yield from self.take(size)), self.offset - size)
+        elif element in (NUMBER, CODEC, OPUS_HEAD):
+            self.entry[element] = yield from self.take(size)
+            self.describe()
+        elif element == TRACK:
+            self.entry, self.entry_end = {}, self.offset + size
+        elif element not in (SEGMENT, CLUSTER, TRACKS, BLOCK_GROUP):
+            if element == EBML:
+                self.track = -1
+            if len(element) < 4 and self.offset >= self.entry_end and not DETAILS.fullmatch(element):
+                raise Damage("no element of WebM")
+            yield from self.skip(size)
+
+    def describe(self) -> None:
+        """Choose the track that is being described, as soon as it is known to be the first with Opus."""
+        number = 0x80 | int.from_bytes(self.entry.get(NUMBER, b""), "big")
+        if self.entry.get(CODEC) == b"A_OPUS" and number > 0x80 and self.track in (-1, number):
+            self.track = number
+            if OPUS_HEAD in self.entry:
+                self.header(self.entry[OPUS_HEAD])
+
+    def block(self, block: bytes, offset: int) -> None:
+        """Take a block, which lies at `offset`: the track's number, time (2 bytes), flags, a packet."""
+        if len(block) < 4 or block[0] != self.track:
+            return
+        if block[3] & 6:
+            raise FormatError(f"Byte {offset}: blocks of several packets (lacing) are not read. {CONVERT}")
+        self.packet(block[4:], offset + 4, len(block) - 4)
+
+
+# ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
+#
+# Header, side information, main data. The data of a frame may begin in frames before it, and the sound of two
+# frames before it overlaps its own. So a file begins with an Info frame, which says how many frames there
+# are, a silent frame, whose unused end holds the borrowed bytes, and these two frames; players skip what the
+# Info frame tells them to. Loudness is guessed from the side information: the gain, which is the size of a
+# quantiser's step, and the bits spent, which tell how many steps. It is right to 10 or 15 dB.
+
+MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how often they are halved, by version
+MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
+MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
+MP3_SIDE = {1: 9, 2: 17, 4: 32}  # bytes of side information, by the granules that it describes
+MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
+MP3_OVERLAP = 2  # frames that sound on in a window behind them
+MP3_FULL_SCALE = -328.0  # dBFS; this and the next two measured
+MP3_GAIN, MP3_BITS = 1.505, 2.0  # dB of a step of the gain; dB by the square root of the number of bits
+
+
+class MP3Header(NamedTuple):
+    """What the first four bytes of a frame say."""
+
+    size: int = 0  # bytes of the frame
+    rate: int = 0  # Hz; 0 for no header
+    samples: int = 0
+    side: int = 0  # place of the side information
+    data: int = 0  # and of the main data behind it
+    granules: int = 0  # that the side information describes, of all channels
+
+
+def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
+    """The header that stands at a place."""
+    first, second, third, fourth = data[at : at + 4].ljust(4, b"\0")
+    version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
+    if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
+        return MP3Header()
+    samples, kbits = (1152, MP3_KBITS) if version == 3 else (576, MP3_LOW_KBITS)
+    rate, side = MP3_RATES[place] >> MP3_HALVED[version], 4 if second & 1 else 6
+    granules = samples // 576 * (1 if fourth >= 0xC0 else 2)
+    size = samples * 125 * kbits[code - 1] // rate + (third >> 1 & 1)
+    return MP3Header(size, rate, samples, side, side + MP3_SIDE[granules], granules)
+
+
+def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
+    """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
+    for found in re.finditer(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)", data):
+        at = found.start()
+        header = mp3_header(data, at)
+        if at + header.size + 3 > len(data):
+            return at, 0
+        if header.rate and header.rate == mp3_header(data, at + header.size).rate:
+            return at, header.rate
+    return len(data), 0
+
+
+def mp3_silence(like: bytes, begin: bytes, end: bytes) -> bytes:
+    """The smallest silent frame that has room for these bytes in its main data."""
+    for code in range(1, 15):
+        head = bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]])
+        header = mp3_header(head)
+        if (room := header.size - header.data - len(begin) - len(end)) >= 0:
+            break
+    return head + bytes(header.data - 4) + begin + bytes(room) + end
+
+
+class MP3(Format):
+    """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
+
+    name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
+    lead = 1.0  # seconds of frames in which borrowed bytes may lie
+    rate = 0  # Hz; 0 until a frame is found
+    fresh = True  # the next frame is the first, and may be an Info frame
+
+    def step(self) -> Steps:
+        """Read one frame or tag."""
+        yield from self.need(10)
+        header, offset = mp3_header(self.buffer), self.offset
+        if self.rate and header.rate == self.rate:
+            frame = yield from self.take(header.size)
+            if not (self.fresh and re.search(b"Xing|Info|VBRI", frame[:44])):
+                seconds = header.samples / header.rate
+                self.found.append(Frame(offset, header.size, seconds, self.level(frame, header)))
+            self.fresh = False
+        elif self.buffer.startswith(b"ID3"):
+            tag = yield from self.take(10)
+            yield from self.skip(tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
+            self.fresh = True
+        elif self.buffer.startswith(b"TAG"):
+            yield from self.skip(128)
+        else:
+            raise Damage("no frame of MP3")
+
+    def sync(self, damage: Damage) -> Steps:
+        """Go on at the next frame that another one confirms."""
+        while not (found := mp3_search(self.buffer))[1]:
+            self.drop(found[0])
+            yield
+        self.drop(found[0])
+        if self.rate not in (0, found[1]):
+            raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
+        self.rate = found[1]
+
+    def level(self, frame: bytes, header: MP3Header) -> float:
+        """Loudness of a frame: of its loudest granule, about dBFS."""
+        bits, level = int.from_bytes(frame[header.side : header.data], "big"), SILENT_DB
+        width = 59 if header.samples == 1152 else 63  # bits of a granule
+        for shift in range(width - 29, width * header.granules, width):
+            used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
+            if used:
+                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
+        return min(level, LOUDEST_DB)
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """An MP3 file. Of the lead it holds the last frames and what they borrow, which are not heard."""
+        start = max(0, lead - MP3_OVERLAP)
+        first, header = frames[start], mp3_header(frames[start])
+        data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
+        borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
+        count = (len(frames) - start + 1).to_bytes(4, "big")
+        delay = (header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY).to_bytes(3, "big")
+        info = mp3_silence(first, b"Info\0\0\0\1" + count + b"LAME3.100" + bytes(12) + delay, b"")
+        filled = mp3_silence(first, b"", data[max(0, len(data) - borrowed) :])
+        return b"".join([info, filled, *frames[start:]])
+
+
+# ---- MP4 in fragments: ISO 14496-12 ----
+#
+# Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
+# the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own.
+
+LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
+
+
+def integer(data: bytes, at: int, size: int = 4) -> int:
+    """The number at a place; 0 where there is none."""
+    return int.from_bytes(data[at : at + size], "big")
+
+
+def boxes(data: bytes, path: str) -> Iterator[bytes]:
+    """The contents of the boxes at a path, such as "trak/mdia/mdhd"."""
+    kind, _, rest = path.partition("/")
+    at = 0
+    while at + 8 <= len(data):
+        end = at + max(8, integer(data, at))
+        if data[at + 4 : at + 8] == kind.encode():
+            yield from boxes(data[at + 8 : end], rest) if rest else [data[at + 8 : end]]
+        at = end
+
+
+class FragmentedMP4(Format):
+    """Fragments of one track."""
+
+    name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = b""  # ftyp and moov
+        self.clock, self.usual = 0, 0  # ticks per second; ticks of a sample where its fragment does not say
+        self.moof = -1  # offset of a fragment whose mdat is to come; -1 for none
+        self.seconds = 0.0  # its duration
+
+    def step(self) -> Steps:
+        """Read one box."""
+        offset = self.offset
+        head = yield from self.take(8)
+        kind, size = head[4:], integer(head, 0) - 8
+        if size == 1 - 8:
+            size = integer((yield from self.take(8)), 0, 8) - 16
+        if size < 0 or not kind.isalnum():
+            raise Damage("no box of MP4")
+        if kind in (b"ftyp", b"moov"):
+            content = yield from self.take(size)
+            self.describe((size + 8).to_bytes(4, "big") + kind + content)
+        elif kind == b"moof":
+            self.moof, self.seconds = offset, self.duration((yield from self.take(size)))
+        else:
+            yield from self.skip(size)
+        if kind == b"mdat" and self.moof >= 0:
+            self.found.append(Frame(self.moof, self.offset - self.moof, self.seconds))
+            self.moof = -1
+
+    def describe(self, box: bytes) -> None:
+        """Take ftyp or moov. Those of a recording that follows in the stream must tell the same clock."""
+        clocks = [integer(mdhd, 12 + 8 * mdhd[0]) for mdhd in boxes(box, "moov/trak/mdia/mdhd") if mdhd]
+        if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
+            raise FormatError(f"Byte {self._begun}: a second track, or another clock. {CONVERT}")
+        if not self.clock:
+            self.head, self.clock = self.head + box, sum(clocks)
+            self.usual = sum(integer(trex, 12) for trex in boxes(box, "moov/mvex/trex"))
+
+    def duration(self, moof: bytes) -> float:
+        """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
+        tfhd = next(boxes(moof, "traf/tfhd"), b"")
+        flags, usual, ticks = integer(tfhd, 1, 3), self.usual, 0
+        if flags & 1:
+            raise FormatError(f"Byte {self._begun}: fragments with absolute offsets cannot be cut. {CONVERT}")
+        if flags & 8:
+            usual = integer(tfhd, 8 + 2 * (flags & 2))
+        for trun in boxes(moof, "traf/trun"):
+            flags, count = integer(trun, 1, 3), integer(trun, 4)
+            if flags & 0x100:
+                first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
+                each = sorted(integer(trun, at) for at in range(first, len(trun), stride))
+                usual = each[len(each) // 2] if each else 0
+            ticks += count * usual
+        if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
+            raise Damage("a fragment of absurd duration")
+        return ticks / self.clock
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """The fragments behind ftyp and moov, their times counted from the first one's."""
+        first, file = -1, [self.head]
+        for frame in frames[lead:]:
+            time = frame.find(b"tfdt") + 8
+            size = 8 if frame[time - 4 : time - 3] == b"\1" else 4
+            if time >= 8:
+                first = integer(frame, time, size) if first < 0 else first
+                since = max(0, integer(frame, time, size) - first)
+                frame = frame[:time] + since.to_bytes(size, "big") + frame[time + size :]
+            file.append(frame)
+        return b"".join(file)
+
+
+# ---- Held: what cannot be cut is posted whole at the end ----
+
+HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
+HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
+FACTS = re.compile(  # how they do: STREAMINFO of FLAC, mvhd of MP4, rate of Vorbis, samples so far in Ogg
+    rb"^fLaC.{14}(?P<flac>.{8})|mvhd\0.{11}(?P<mp4>.{8})"
+    rb"|\x01vorbis.{5}(?P<rate>.{4})|OggS\0.(?P<samples>.{8})",
+    re.DOTALL,
+)
+
+
+class Held(Format):
+    """A stream of which only the size and duration are noted; one frame at the end. `limit` is in bytes."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        super().__init__()
+        self.name, self.limit = name, limit
+        self.extension, self.media_type = self.archive = name, HELD[name]
+        self.clock, self.ticks = 0, 0  # ticks per second, and of the whole stream
+
+    def step(self) -> Steps:
+        """Note the facts, and keep bytes that may be the beginning of one."""
+        for found in FACTS.finditer(self.buffer):
+            self.note(found.lastgroup or "", found[found.lastgroup or 0])
+        self.drop(max(0, len(self.buffer) - 32))
+        if self.offset + len(self.buffer) > self.limit:
+            raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
+        yield
+
+    def note(self, fact: str, value: bytes) -> None:
+        """Take what the stream says of its duration."""
+        big, little = int.from_bytes(value, "big"), int.from_bytes(value, "little")
+        if fact == "flac":
+            self.clock, self.ticks = big >> 44, big & (1 << 36) - 1
+        elif fact == "mp4":
+            self.clock, self.ticks = big >> 32, big & (1 << 32) - 1
+        elif fact == "rate":
+            self.clock = little
+        elif value != b"\xff" * 8:
+            self.ticks = little
+
+    def end(self) -> list[Frame]:
+        """The whole stream as one frame."""
+        size = self.offset + len(self.buffer)
+        if self.error or not size:
+            return []
+        seconds = self.ticks / self.clock if self.clock and self.ticks else size * 8 / HELD_BITRATE
+        return [Frame(0, size, seconds)]
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """The stream as it came."""
+        return b"".join(frames)
+
+
+# ---- Which format a stream has ----
+
+ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
+JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stream
+
+
+def recognise(head: bytes, limit: int) -> Format | None:
+    """The format of a stream that begins with `head`, yet to be fed; None while more of it is needed to tell.
+
+    A format that cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
+    """
+    if head[:4] in (b"RIFF", b"RF64"):
+        if head[8:12] == b"WAVE":
+            return Wav()
+    elif head.startswith(b"fLaC"):
+        return Held("flac", limit)
+    elif head.startswith(b"OggS"):
+        if len(head) >= 36:
+            return OggOpus() if head[28:36] == b"OpusHead" else Held("ogg", limit)
+    elif head.startswith(EBML):
+        if codec := re.search(rb"A_[A-Z]+[^A-Z]", head):
+            return WebM() if codec[0].startswith(b"A_OPUS") else Held("webm", limit)
+    elif head[4:8] == b"ftyp":
+        if (found := re.search(b"mvex|mdat", head)) or len(head) >= LARGEST_HEAD:
+            return FragmentedMP4() if found and found[0] == b"mvex" else Held("mp4", limit)
+    elif head.startswith(b"ID3") or mp3_search(head)[1]:
+        return MP3()
+    elif len(head) >= JUNK:
+        raise FormatError(f"The first bytes are of no format that is known here. {ACCEPTED}. {CONVERT}")
+    if len(head) >= LARGEST_HEAD:
+        raise FormatError(f"The first {LARGEST_HEAD} bytes do not tell of any sound. {ACCEPTED}. {CONVERT}")
+    return None
+
+
+class Stream:
+    """A session's stream in its format: the declared one, or the one that its first bytes tell."""
+
+    def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
+        self.format = Format() if name == "auto" else Pcm(name, rate, channels)
+        self._known, self._head, self._limit = name != "auto", b"", limit
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are now whole. Errors and warnings are the format's."""
+        if not self._known:
+            self._head += data
+            try:
+                found = recognise(self._head, self._limit)
+            except FormatError as error:
+                self.format.error = error
+                return []
+            if found is None:
+                return []
+            self.format, self._known, data, self._head = found, True, self._head, b""
+        return self.format.feed(data)
+
+    def end(self) -> list[Frame]:
+        """The frames that only the end makes whole."""
+        if self._head and not self.format.error:
+            self.format.error = FormatError(
+                f"{len(self._head)} bytes do not tell what format they are. {ACCEPTED}."
+            )
+        return self.format.end() if self._known else []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Segmenter: frames in, windows out.
+#
+# A frame is speech if it is louder than the noise floor by a margin; the floor is a low percentile of the
+# last seconds, so it follows the room and not the voice. A window opens at the first speech, with a pre-roll,
+# and closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause ends
+# it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a cut,
+# the window is not `clean`. What holds next to no speech is no window. Windows are in order and disjoint:
+# they never add up to more than the stream. Each carries frames in front of its start, for decoders that need
+# a lead and for words left to it.
+# ------------------------------------------------------------------------------------------------------------
+
+PRE_ROLL_SECONDS = 0.5  # before the first speech of a window: soft onsets lie under the threshold
+TAIL_SECONDS, TAIL_SHARE = 0.3, 0.6  # of a pause that go to the window before it: so much, at most this part
+LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds of silence that end a window, at first and in the end
+SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
+CLEAN_PAUSE = 0.1  # seconds; the closure of a stop consonant, inside a word, is shorter
+LIMIT_SECONDS = 15.0  # of a window
+QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this length in the last third
+MIN_SPEECH_SECONDS = 0.15  # less is a click or a breath; the edges of a word of 0.2 s are too soft to count
+LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
+FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
+
+MARGIN_DB = 7.0  # of speech over the noise floor: generous, a whisper must pass
+FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
+FLOOR_BLOCK_SECONDS = 0.1  # of history that counts by its quietest frame
+FLOOR_START_DB, FLOOR_MIN_DB, FLOOR_MAX_DB = -60.0, -62.0, -30.0  # dBFS
+
+
+class NoiseFloor:
+    """The level of the room."""
+
+    def __init__(self) -> None:
+        self.threshold = FLOOR_START_DB + MARGIN_DB  # dBFS; louder is speech
+        self._blocks = deque([FLOOR_START_DB] * 3)
+        self._sorted = list(self._blocks)
+        self._quietest, self._seconds = math.inf, 0.0
+
+    def hear(self, level: float, seconds: float) -> None:
+        """Count a frame. NaN says nothing."""
+        if level < self._quietest:
+            self._quietest = level
+        self._seconds += seconds
+        if self._seconds >= FLOOR_BLOCK_SECONDS - 1e-9:
+            self._count(self._quietest)
+            self._quietest, self._seconds = math.inf, 0.0
+
+    def _count(self, level: float) -> None:
+        if level == math.inf:
+            return
+        self._blocks.append(level)
+        insort(self._sorted, level)
+        if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
+            del self._sorted[bisect_left(self._sorted, self._blocks.popleft())]
+        floor = self._sorted[int(len(self._sorted) * FLOOR_SHARE)]
+        self.threshold = min(max(floor, FLOOR_MIN_DB), FLOOR_MAX_DB) + MARGIN_DB
+
+
+class Frames:
+    """A run of frames as columns: as objects they would take ten times the memory."""
+
+    def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
+        offsets, sizes, ends, levels = columns or (array("Q"), array("I"), array("d"), array("f"))
+        self.columns = (offsets, sizes, ends, levels)
+        self.offsets, self.sizes = offsets, sizes  # bytes of the stream
+        self.ends, self.levels = ends, levels  # seconds of the session's audio; dBFS
+
+    def append(self, frame: Frame, end: float) -> None:
+        """Add a frame which ends at a time in seconds."""
+        self.offsets.append(frame.offset)
+        self.sizes.append(frame.size)
+        self.ends.append(end)
+        self.levels.append(frame.level)
+
+    def index(self, seconds: float) -> int:
+        """Of the first frame that ends after a time."""
+        return bisect_right(self.ends, seconds + 1e-6)
+
+    def between(self, start: float, end: float) -> Frames:
+        """The frames of a stretch of time in seconds."""
+        span = slice(self.index(start), self.index(end))
+        return Frames(column[span] for column in self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of audio to be transcribed; all times in seconds of the session's audio."""
+
+    start: float
+    end: float
+    first: float  # its speech begins
+    last: float  # its speech ends
+    speech: float  # so much of it is speech
+    clean: bool  # it ends in a pause, not in what may be a word
+    frames: Frames  # from LOOKBACK_SECONDS before its start, as far as there are any
+
+    def since(self, start: float) -> Window:
+        """The same window, heard from another time on."""
+        return dataclasses.replace(self, start=start, first=max(start, self.first))
+
+    def joined(self, behind: Window) -> Window:
+        """This window and the one behind it as one."""
+        more = behind.frames.between(self.end, behind.end)
+        frames = Frames(map(operator.add, self.frames.columns, more.columns))
+        speech = self.speech + behind.speech
+        return Window(self.start, behind.end, self.first, behind.last, speech, behind.clean, frames)
+
+
+def required_pause(seconds: float) -> float:
+    """The pause, in seconds, that ends a window with so many seconds from its first to its last speech."""
+    shrunk = min(max((seconds - SHRINK_FROM) / (SHRINK_TO - SHRINK_FROM), 0.0), 1.0)
+    return LONG_PAUSE - shrunk * (LONG_PAUSE - SHORT_PAUSE)
+
+
+class Segmenter:
+    """Cuts a session's frames into windows; nothing before `settled` seconds becomes one."""
+
+    def __init__(self, settled: float = 0.0) -> None:
+        self.now = 0.0  # seconds of audio heard
+        self.open = False
+        self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
+        self.start = self.first = self.last = settled  # of the open window; of its speech
+        self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
+        self._floor, self._frames = NoiseFloor(), Frames()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since the last speech."""
+        return self.now - self.last
+
+    def feed(self, frames: Iterable[Frame]) -> list[Window]:
+        """The windows that these frames end."""
+        windows: list[Window] = []
+        floor, keep = self._floor, self._frames.append
+        for frame in frames:
+            self.now = now = self.now + frame.seconds
+            keep(frame, now)
+            floor.hear(frame.level, frame.seconds)
+            if not frame.level <= floor.threshold and now > self._cut:
+                self.last = now
+                if not self.open:
+                    self.open, self.first = True, now - frame.seconds
+                    self.start = max(self._cut, self.first - PRE_ROLL_SECONDS)
+            elif self.open and now - self.last >= SHORT_PAUSE:
+                windows += self._pause()
+            if self.open and now - self.start >= self.limit:
+                windows += self._limit()
+        self._forget(self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS))
+        return windows
+
+    def flush(self) -> list[Window]:
+        """End the open window here."""
+        return self._close(self.now, clean=True) if self.open else []
+
+    def peek(self) -> Window:
+        """The open window as it stands."""
+        return self._window(self.now, clean=False)
+
+    def advance(self, seconds: float) -> None:
+        """Let the open window begin later: what is before is final."""
+        if self.open and seconds > self.start:
+            self.start, self.first = seconds, max(seconds, self.first)
+
+    def _pause(self) -> list[Window]:
+        if self.quiet < required_pause(self.last - self.first):
+            return []
+        end = self.last + min(TAIL_SECONDS, TAIL_SHARE * self.quiet)
+        end = max(end, self.start + MIN_POST_SECONDS)  # what is shorter is billed like this
+        return self._close(end, self.quiet >= CLEAN_PAUSE) if end <= self.now else []
+
+    def _limit(self) -> list[Window]:
+        first = self._frames.index(self.now - self.limit / 3)
+        ends, levels = self._frames.ends[first:], self._frames.levels[first:]
+        width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
+        powers = [0.0, *accumulate(1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels)]
+        quietest = min(range(len(ends) - width + 1), key=lambda i: (powers[i + width] - powers[i], -i))
+        return self._close(ends[quietest + (width - 1) // 2], clean=False)
+
+    def _close(self, end: float, clean: bool) -> list[Window]:
+        window = self._window(end, clean)
+        wanted = window.speech >= MIN_SPEECH_SECONDS or not self._clean
+        self._cut, self._clean = window.end, clean or not wanted
+        # speech behind the cut opens the next window; so does an unclean cut, which may leave it a word
+        self.open = self.last > self._cut or not self._clean
+        self.start, self.first, self.last = self._cut, self._cut, max(self._cut, self.last)
+        return [window] if wanted else []
+
+    def _window(self, end: float, clean: bool) -> Window:
+        frames = self._frames.between(self.start - LOOKBACK_SECONDS, end)
+        own = frames.index(self.start)
+        times = [self.start, *frames.ends[own:]]
+        threshold = self._floor.threshold  # it knows the noise better now than when the frames came
+        loud = (not level <= threshold for level in frames.levels[own:])
+        spans = zip(pairwise(times), loud, strict=True)
+        speech = sum(till - since for (since, till), speaks in spans if speaks)
+        last = min(self.last, times[-1])
+        return Window(self.start, times[-1], min(self.first, last), last, speech, clean, frames)
+
+    def _forget(self, before: float) -> None:
+        count = self._frames.index(before - LOOKBACK_SECONDS)
+        if count >= FORGET_FRAMES:
+            for column in self._frames.columns:
+                del column[:count]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Transcript: hypotheses in, final and interim text out.
+#
+# A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
+# overlaps what is final already, the words said before are found by aligning the texts; word times are off by
+# 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
+# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. What
+# Whisper makes up for silence, ghosts and loops, is taken out before it becomes a hypothesis.
+# ------------------------------------------------------------------------------------------------------------
+
+EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
+CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
+TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
+TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
+CARRIED_CHARACTERS = 200  # of final text in the prompt
+GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
+LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
+LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
+ECHO_WORDS = 4  # words of the prompt in a row that are an echo, not speech
+PHANTOM_SECONDS = 0.5  # with less speech than this nobody said a phantom
+PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
+    "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
+)
+
+
+class Word(NamedTuple):
+    """A word as the answer spells it, with leading space and punctuation; seconds of the session's audio."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What was heard in a window. If the endpoint gave no times (`timed`), words are spread over speech."""
+
+    words: list[Word]
+    timed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Final text: the content of a `transcription`."""
+
+    words: list[Word]
+    start: float
+    end: float
+    timed: bool
+
+
+def normal(text: str) -> str:
+    """What makes two spellings the same: letters and digits without case."""
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+def spelled(words: Iterable[Word]) -> str:
+    """The text of words."""
+    return "".join(word.text for word in words).strip()
+
+
+def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
+    """What the endpoint says of a window, without ghosts. Any field but `text` may be missing or odd."""
+    segments = [item for item in _list(answer.get("segments")) if isinstance(item, dict)]
+    ghosts = [item for item in segments if _is_ghost(item)]
+    spoken = [item for item in segments if item not in ghosts]
+    text = " ".join(_text(item.get("text")) for item in spoken) if ghosts else _text(answer.get("text"))
+    text = " ".join(text.split())  # whisper.cpp breaks its lines
+    entries = _list(answer.get("words")) or [entry for item in segments for entry in _list(item.get("words"))]
+    silent = [(_number(item.get("start")), _number(item.get("end"))) for item in ghosts]
+    heard = [
+        word for word in map(_timed, entries) if word and not any(a <= word.start < b for a, b in silent)
+    ]
+    timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
+    words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
+    if window.speech < PHANTOM_SECONDS and PHANTOMS.fullmatch(normal(text)):
+        words = []
+    return Hypothesis(_without_loops(words, window.speech), bool(timed))
+
+
+def _list(found: object) -> list[Any]:
+    return found if isinstance(found, list) else []
+
+
+def _number(found: object) -> float:
+    with contextlib.suppress(OverflowError):
+        return float(found) if isinstance(found, (int, float)) else math.nan
+    return math.nan
+
+
+def _text(found: object) -> str:
+    """Without halves of an emoji, which are valid JSON and no text."""
+    return found.encode(errors="replace").decode() if isinstance(found, str) else ""
+
+
+def _is_ghost(segment: Mapping[str, Any]) -> bool:
+    silence, certainty = _number(segment.get("no_speech_prob")), _number(segment.get("avg_logprob"))
+    return silence > GHOST_NO_SPEECH and certainty < GHOST_LOGPROB
+
+
+def _timed(entry: object) -> Word | None:
+    if not isinstance(entry, dict):
+        return None
+    text = _text(entry.get("word", entry.get("text")))
+    start, end = _number(entry.get("start")), _number(entry.get("end"))
+    return Word(text, start, max(start, end)) if text and math.isfinite(start + end) else None
+
+
+def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
+    """The text cut into the timed words. Words that do not spell the text stand for it."""
+    letters = [place for place, letter in enumerate(text) if letter.isalnum()]
+    counts = list(accumulate(sum(map(str.isalnum, word.text)) for word in timed))
+    if not letters or normal(spelled(timed)) != normal(text) or counts[-1] != len(letters):
+        return [Word(" " + word.text.strip(), word.start, word.end) for word in timed]
+    words: list[Word] = []
+    begin = 0
+    for word, count in zip(timed, counts, strict=True):
+        behind = letters[count] if count < len(letters) else len(text)
+        space = text.find(" ", letters[count - 1], behind) if 0 < count < len(letters) else -1
+        end = behind if space < 0 else space  # a space belongs to the word behind it
+        piece, begin = text[begin:end], end
+        if words and (not piece or _continues(piece)):
+            words[-1] = Word(words[-1].text + piece, words[-1].start, word.end)
+        elif piece:
+            words.append(Word(piece, word.start, word.end))
+    if words:
+        words[0] = words[0]._replace(text=" " + words[0].text)
+    return words
+
+
+def _continues(piece: str) -> bool:
+    """Whether it is the rest of a word: whisper.cpp times tokens. Scripts without spaces stay in pieces."""
+    return bool(piece) and not piece[0].isspace() and (piece[0] < "\u2e80" or not piece[0].isalnum())
+
+
+def _spread(text: str, start: float, end: float) -> list[Word]:
+    pieces = [" " + piece for piece in text.split()]
+    places = [0, *accumulate(map(len, pieces))]
+    times = [start + (end - start) * place / max(1, places[-1]) for place in places]
+    return [Word(piece, *span) for piece, span in zip(pieces, pairwise(times), strict=True)]
+
+
+def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
+    """Keep one of a phrase that is repeated over and over. "Zero zero zero" is said: it takes its time."""
+    words, texts = list(words), [normal(word.text) for word in words]
+    shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
+    index = 0
+    while index < len(words):
+        for size in range(shortest, (len(words) - index) // LOOP_COUNT + 1):
+            behind = stop = index + size
+            while texts[stop : stop + size] == texts[index:behind]:
+                stop += size
+            if stop >= index + LOOP_COUNT * size:
+                del words[behind:stop], texts[behind:stop]
+        index += 1
+    return words
+
+
+def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
+    """Whether a hypothesis only repeats the prompt that came with it."""
+    words = hypothesis.words
+    return len(words) >= ECHO_WORDS and normal(spelled(words)) in normal(prompt)
+
+
+def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
+    """How many of the first words were said before, as the last ones of the tail, which is not empty.
+
+    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
+    all else -1. Equal texts at another time are other words: a second of distance costs 3.
+    """
+    row = [-index for index in range(len(words) + 1)]
+    for known in tail:
+        above, row, ends = row, [0], []  # ends: without skipped words at the end, for those are new
+        for index, word in enumerate(words):
+            match = above[index] + (2 if normal(word.text) == normal(known.text) else -1)
+            ends.append(max(match, above[index + 1] - 1))
+            row.append(max(ends[index], row[index] - 1))
+    worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
+    best = max(worth, default=0.0)
+    if best > 0:
+        return worth.index(best) + 1
+    return sum(word.start + word.end < 2 * tail[-1].end for word in words)
+
+
+class Transcript:
+    """What of a session's text is final, and what the next hypothesis is compared with."""
+
+    def __init__(self, heard: float = 0.0) -> None:
+        self.heard = heard  # seconds; all words that end before it are final
+        self.resume = heard  # where the next request begins: before `heard` to hear words to align by
+        self.end = heard  # of the last segment
+        self._tail: list[Word] = []  # final words
+        self._previous: list[Word] = []  # of the last hypothesis, not final
+
+    def recall(self, words: Iterable[Word], end: float) -> None:
+        """Take up final words, in order, which end at a time in seconds."""
+        self._tail = [*self._tail, *words][-TAIL_WORDS:]
+        self.end = max(self.end, end)
+
+    def prompt(self, start: float) -> str:
+        """The end of the final text in front of a window that starts then."""
+        return spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)[-CARRIED_CHARACTERS:]
+
+    def settle(self, hypothesis: Hypothesis, window: Window) -> Segment | None:
+        """The final text of a window. If it ends in mid-speech, its last word is left to the next one."""
+        words, self._previous = self._fresh(hypothesis, window), []
+        self.heard = self.resume = window.end
+        if not window.clean and hypothesis.timed and words:
+            words = words[:-1] if words[-1].end > window.end - EDGE_SECONDS else words
+            self.heard = min(window.end, words[-1].end if words else window.start)
+            self.resume = max(window.start, self.heard - CONTEXT_SECONDS)
+        return self._segment(words, window, hypothesis.timed)
+
+    def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Segment | None, list[Word]]:
+        """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
+        words, before = self._fresh(hypothesis, window), self._previous
+        count = 0
+        if hypothesis.timed:
+            texts = [normal(word.text) for word in words if word.end <= window.end - EDGE_SECONDS]
+            pairs = zip(texts, (normal(word.text) for word in before), strict=False)
+            count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        agreed, self._previous = words[:count], words[count:]
+        if agreed:
+            self.heard = min(window.end, agreed[-1].end)
+            resume = self.heard - CONTEXT_SECONDS
+            self.resume = resume if resume >= window.start + TRIM_SECONDS else window.start
+        return self._segment(agreed, window, timed=True), self._previous
+
+    def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
+        if window.start >= self.heard - 1e-6 or not self._tail:
+            return hypothesis.words
+        return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
+
+    def _segment(self, words: list[Word], window: Window, timed: bool) -> Segment | None:
+        if not words:
+            return None
+        start, end = (words[0].start, words[-1].end) if timed else (window.first, window.last)
+        start = max(self.end, min(start, window.end))
+        end = max(start, min(end, window.end))
+        self.recall(words, end)
+        return Segment(words, start, end, timed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Endpoint: one request to what hears. `Whisper` posts to an OpenAI-compatible endpoint, `Sphinx` asks
+# PocketSphinx in a process of its own. Both turn a `Post` into an answer as verbose_json has it, or raise an
+# EndpointError that says whether it is worth trying again. What an endpoint refuses is learnt once for the
+# process: it is asked for verbose_json with word times first, and for plain json after a 400 that names them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class EndpointError(Exception):
+    """A request that brought no text."""
+
+    def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
+        super().__init__(message)
+        self.again = again  # it may succeed later
+        self.wait = wait  # seconds that the endpoint wants to be left alone
+        self.limited = limited  # the endpoint is up, and this was one request too many
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A window as it is posted: a standalone file of so many seconds, and what is asked of it."""
+
+    file: tuple[str, bytes, str]  # name, content, media type
+    seconds: float
+    options: Options
+    prompt: str
+
+
+class Whisper:
+    """The HTTP endpoint: one pooled client, multipart from memory."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._refused: set[str] = set()  # fields of the form that the endpoint does not take
+        url = settings.endpoint_url or settings.openai_base_url.rstrip("/") + "/audio/transcriptions"
+        translate = url.replace("/audio/transcriptions", "/audio/translations")
+        self._urls = {"transcribe": url, "translate": translate}
+        bearer = "Bearer " if settings.key_header.lower() == "authorization" else ""
+        key = settings.openai_api_key
+        limits = httpx.Limits(max_connections=settings.concurrency)
+        timeout = httpx.Timeout(settings.request_seconds, pool=None)
+        headers = {settings.key_header: bearer + key} if key else {}
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def ask(self, post: Post) -> dict[str, Any]:
+        """The endpoint's JSON. Raises EndpointError."""
+        while True:
+            form = self._form(post)
+            try:
+                async with asyncio.timeout(self._settings.request_seconds):  # httpx only bounds each read
+                    url, files = self._urls[post.options.task], {"file": post.file}
+                    response = await self._client.post(url, data=form, files=files)
+            except TimeoutError:
+                raise EndpointError("the endpoint did not answer in time") from None
+            except httpx.HTTPError as error:
+                raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
+            if response.status_code != 400 or not self._learn(response.text, form):
+                return _answer(response)
+
+    def _form(self, post: Post) -> dict[str, Any]:
+        form: dict[str, Any] = {"model": self._settings.model, "response_format": "verbose_json"}
+        form["timestamp_granularities[]"] = ["word", "segment"]
+        if post.options.language and post.options.task == "transcribe":
+            form["language"] = post.options.language
+        if post.prompt:
+            form["prompt"] = post.prompt
+        for name in self._refused & form.keys():
+            refused = form.pop(name)
+            if name == "response_format":
+                form[name] = "json"
+            elif name == "language":  # of models that take several
+                form["languages[]"] = refused
+        return form
+
+    def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
+        """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
+        unknown = re.search(
+            "unknown|unsupported|unrecognized|unexpected|not support|languages", complaint, re.IGNORECASE
+        )
+        for name in ("timestamp_granularities[]", "response_format", "language", "prompt"):
+            fixed = name in ("timestamp_granularities[]", "response_format")  # the same for all clients
+            if (
+                name in form
+                and name not in self._refused
+                and name.rstrip("[]") in complaint
+                and (fixed or unknown)
+            ):
+                log.info("the endpoint refuses %s: doing without", name)
+                self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
+                return True
+        return False
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    try:
+        content = response.json()
+    except (ValueError, RecursionError):
+        content = None
+    status = response.status_code
+    if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
+        return content
+    if status == 200:
+        raise EndpointError("the endpoint's answer is not a transcription")
+    error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
+    reason = error.get("message") if isinstance(error, dict) else error
+    message = f"the endpoint answered {status}: {str(reason or response.reason_phrase)[:200]}"
+    if status in (401, 403):
+        raise EndpointError(f"{message} (check OPENAI_API_KEY)", again=False)
+    if status == 429 and "insufficient_quota" in response.text:
+        raise EndpointError(f"{message} (the account has no credit left)", again=False)
+    again = status in (408, 409, 429) or status >= 500
+    raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds in `retry-after-ms` or `Retry-After` (RFC 9110, 10.2.3: seconds or a date); 0 for neither."""
+    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, float(milliseconds) / 1000 if milliseconds else float(after)), HOUR)
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time()), HOUR)
+    return 0.0
+
+
+SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
+_sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it
+
+
+class Sphinx:
+    """PocketSphinx with the small English model of its wheel. It takes PCM and keeps a core busy."""
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("pocketsphinx") is None:
+            raise ValueRefused("--offline needs PocketSphinx: pip install pocketsphinx")
+        context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
+        self._pool = ProcessPoolExecutor(1, context, _sphinx_start)
+
+    async def close(self) -> None:
+        """End the worker."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def ask(self, post: Post) -> dict[str, Any]:
+        """What PocketSphinx hears, in the shape of verbose_json. Raises EndpointError."""
+        if post.file[2] != Pcm.media_type:
+            raise EndpointError("--offline takes PCM and WAV only", again=False)
+        try:
+            words = await asyncio.get_running_loop().run_in_executor(self._pool, _sphinx_hear, post.file[1])
+        except BrokenProcessPool:
+            raise EndpointError("the offline recogniser died: restart the server", again=False) from None
+        return {"text": " ".join(word["word"] for word in words), "words": words}
+
+
+def _sphinx_start() -> None:
+    """Load the model in the worker, which leaves Ctrl-C to the server and dies with it."""
+    global _sphinx
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_sphinx_end, daemon=True).start()
+    import pocketsphinx
+
+    _sphinx = pocketsphinx.Decoder(samprate=SPHINX_RATE, loglevel="FATAL")
+
+
+def _sphinx_end() -> None:
+    server = multiprocessing.parent_process()
+    if server:
+        server.join()
+        os._exit(0)
+
+
+def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
+    """The words of one of our WAVs."""
+    channels, rate = struct.unpack_from("<HI", wav, 22)
+    _sphinx.start_utt()
+    _sphinx.process_raw(_resampled(memoryview(wav)[44:].cast("h"), rate, channels), full_utt=True)
+    _sphinx.end_utt()
+    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
+    spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
+    return [
+        {"word": w, "start": start / SPHINX_FRAMES, "end": end / SPHINX_FRAMES} for w, start, end in spoken
+    ]
+
+
+def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
+    """PCM16 as 16 kHz mono, each sample the mean of those it stands for: rough, as all of --offline is."""
+    count = len(samples) // channels * SPHINX_RATE // rate
+    edges = [index * rate // SPHINX_RATE * channels for index in range(count + 1)]
+    sums = [0, *accumulate(samples)]
+    spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
+    return array("h", [(sums[end] - sums[begin]) // (end - begin) for begin, end in spans]).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Desk: who may ask the endpoint, and when. One for the process.
+#
+# Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
+# requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
+#
+# What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
+# a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
+# again the circuit opens: one request at a time goes out as a probe, ever later, until one succeeds.
+# ------------------------------------------------------------------------------------------------------------
+
+BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
+CIRCUIT_FAILURES = 5  # in a row, not counting 429
+MINUTE, HOUR = 60.0, 3600.0  # seconds
+DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.993  # per refusal; per success: where they balance, 1 % is refused
+DISTANCE_SAMPLE = 60  # requests in a minute below which their number does not tell what the limit is
+SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap on billed seconds: interims are fewer; there are none
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
+
+    posted: float = 0.0
+    billed: int = 0
+    requests: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Count a request that was answered."""
+        self.posted += seconds
+        self.billed += math.ceil(seconds - 1e-6)
+        self.requests += 1
+
+
+class Desk:
+    """Hands out the endpoint's slots, retries, and keeps the account. A session is known by its usage."""
+
+    def __init__(self, engine: Whisper | Sphinx, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._clock = asyncio.get_running_loop().time
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []  # since when, session, slot
+        self._flying: Counter[int] = Counter()  # requests in flight of each session
+        self._sent: deque[float] = deque()  # when requests went out, in the last minute
+        self._billed: deque[tuple[float, int]] = deque()  # when, and how many seconds, in the last hour
+        self._least = MINUTE / settings.requests_per_minute if settings.requests_per_minute else 0.0
+        self._distance = self._least  # seconds between two requests
+        self._next = 0.0  # when another request may go out
+        self._failures = 0  # in a row
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def final(self, usage: Usage, prepare: Callable[[], Post | None]) -> dict[str, Any] | None:
+        """The answer to a post that must be answered; `prepare` gives it once there is a slot, None for none.
+
+        Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
+        requests does not count, waiting for a dead endpoint does.
+        """
+        until, attempt = math.inf, 0
+        while True:
+            async with self._slot(id(usage), until):
+                until = min(until, self._clock() + self._settings.deadline_seconds)
+                post = prepare()
+                if post is None:
+                    return None
+                try:
+                    return await self._ask(usage, post)
+                except EndpointError as error:
+                    delay = max(error.wait, _backoff(attempt))
+                    if not error.again or self._clock() + delay > until:
+                        raise
+            attempt += 1
+            await asyncio.sleep(delay)
+
+    async def interim(self, usage: Usage, post: Post) -> dict[str, Any]:
+        """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
+        async with self._slot(id(usage), self._clock()):
+            return await self._ask(usage, post)
+
+    def spare(self) -> bool:
+        """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
+        unused = self._clock() - self._next >= self._distance
+        return not self._waiting and not self._failures and unused and self._delay() <= 0
+
+    def load(self) -> float:
+        """The share of the slots that is taken."""
+        return self._flying.total() / self._settings.concurrency
+
+    def spent(self) -> float:
+        """The share of the process's hourly cap that is used up."""
+        while self._billed and self._billed[0][0] < self._clock() - HOUR:
+            self._billed.popleft()
+        cap = self._settings.hourly_billed_seconds
+        return sum(seconds for _, seconds in self._billed) / cap if cap else 0.0
+
+    async def _ask(self, usage: Usage, post: Post) -> dict[str, Any]:
+        asked = self._clock()
+        try:
+            answer = await self._engine.ask(post)
+        except EndpointError as error:
+            self._learn(error, asked)
+            raise
+        usage.add(post.seconds)
+        self._billed.append((asked, math.ceil(post.seconds - 1e-6)))
+        self._failures, self._distance = 0, max(self._least, self._distance * DISTANCE_DECAY)
+        return answer
+
+    def _learn(self, error: EndpointError, asked: float) -> None:
+        now = self._clock()
+        if error.limited:
+            self._failures = 0
+            if asked >= self._next - self._distance or self._distance == self._least:  # the first of a volley
+                known = MINUTE / max(DISTANCE_SAMPLE, len(self._sent))
+                self._distance = max(self._distance * DISTANCE_GROWTH, known)
+            self._next = max(self._next, now + (error.wait or self._distance))
+        elif error.again:
+            self._failures += 1
+            if self._failures >= CIRCUIT_FAILURES:
+                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES))
+                self._next = max(self._next, now + wait)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, session: int, until: float) -> AsyncIterator[None]:
+        """Hold one of the endpoint's slots. Raises EndpointError when there is none by a time."""
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (self._clock(), session, slot)
+        self._waiting.append(entry)
+        try:
+            self._grant()
+            await self._granted(slot, until)
+            yield
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            else:
+                self._flying[session] -= 1
+                self._flying += Counter()  # forget sessions without any
+            self._grant()
+
+    async def _granted(self, slot: asyncio.Future[None], until: float) -> None:
+        while not slot.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(until, self._clock() + self._settings.deadline_seconds)):
+                    await asyncio.shield(slot)
+            if not slot.done() and (self._clock() >= until or self._failures >= CIRCUIT_FAILURES):
+                raise EndpointError("the endpoint does not answer")
+
+    def _grant(self) -> None:
+        """Give free slots to those that wait, or come back when that may be."""
+        if self._timer:
+            self._timer.cancel()
+        while self._waiting and (delay := self._delay()) <= 0:
+            entry = min(self._waiting, key=lambda entry: (self._flying[entry[1]], entry[0]))
+            self._waiting.remove(entry)
+            self._flying[entry[1]] += 1
+            self._sent.append(self._clock())
+            self._next = max(self._next, self._clock()) + self._distance
+            entry[2].set_result(None)
+        if self._waiting and delay < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
+
+    def _delay(self) -> float:
+        """Seconds until another request may go out; infinite while that depends on those in flight."""
+        while self._sent and self._sent[0] < self._clock() - MINUTE:
+            self._sent.popleft()
+        slots = 1 if self._failures >= CIRCUIT_FAILURES else self._settings.concurrency
+        return self._next - self._clock() if self._flying.total() < slots else math.inf
+
+
+def _backoff(attempt: int) -> float:
+    return min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spool: the truth about every session, in two files.
+#
+# `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it. What is not
+# in them has not happened: bytes are acknowledged and text is sent after they are written. Windows are read
+# back from the audio, so a session needs little memory however long it is; a restart goes on from the two;
+# the archive is made from them. There is no fsync: the files outlive the process, whatever ends it, but not a
+# power cut.
+#
+# A lock (flock) on the audio says which process works on the session. The kernel drops it when the process
+# dies.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class SpoolError(Exception):
+    """The spool cannot be written, or has no such session; the message says which."""
+
+
+class Locked(SpoolError):
+    """Another process works on the session."""
+
+
+class Recording:
+    """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
+
+    def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
+        self.session = session
+        self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
+        self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
+                raise FileNotFoundError(session)
+        except OSError:
+            os.close(self._file)
+            raise
+        self.size = os.fstat(self._file).st_size  # bytes received
+
+    def append(self, audio: bytes) -> None:
+        """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
+        while audio:
+            try:
+                written = os.write(self._file, audio)
+            except OSError as error:
+                raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
+            self.size += written
+            audio = audio[written:]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the audio."""
+        return os.pread(self._file, size, offset)
+
+    def note(self, **event: Any) -> None:
+        """Append an event to the journal. Raises SpoolError."""
+        line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
+        try:
+            journal = os.open(self._journal, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                size = os.fstat(journal).st_size
+                if size and os.pread(journal, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # a power cut tore the last one
+                if os.write(journal, line) < len(line):
+                    os.ftruncate(journal, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(journal)
+        except OSError as error:
+            raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The journal from its beginning. A line that is cut short has not happened."""
+        with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
+            for line in journal:
+                with contextlib.suppress(ValueError):
+                    if isinstance(event := json.loads(line), dict):
+                        yield event
+
+    def touch(self) -> None:
+        """Let the grace time begin now."""
+        os.utime(self._file)
+
+    def release(self) -> None:
+        """Give up the lock."""
+        self.touch()
+        os.close(self._file)
+
+    def remove(self) -> None:
+        """Delete the files; the audio last, for it is what makes a session exist."""
+        self._journal.unlink(missing_ok=True)
+        self._audio.unlink(missing_ok=True)
+
+
+class Spool:
+    """The directory of the sessions' files, which only their owner can read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
+        self._started = time.time()
+        self.full = False  # as of the last sweep
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            attempt = self._directory / secrets.token_hex(8)
+            attempt.touch()
+            attempt.unlink()
+        except OSError as error:
+            raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
+
+    def create(self) -> Recording:
+        """A new session. Raises SpoolError."""
+        try:
+            return Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
+        except OSError as error:
+            raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
+
+    def open(self, session: str) -> Recording:
+        """A session that is there. Raises SpoolError, or Locked if it is another process's."""
+        try:
+            return Recording(self._directory, session)
+        except BlockingIOError:
+            raise Locked("the session is still busy on the server: try again in a second") from None
+        except OSError as error:
+            raise SpoolError("no such session: it is over, or was never there") from error
+
+    def sweep(self, grace: float) -> list[str]:
+        """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
+        touched: dict[str, float] = {}
+        total = 0
+        for path in self._directory.glob("*.*"):
+            with contextlib.suppress(FileNotFoundError):  # another process finished it
+                stat = path.stat()
+                total += stat.st_size
+                touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
+        self.full = total >= self._limit
+        late = time.time() - grace
+        return [name for name, when in touched.items() if when <= late and SESSION_ID.fullmatch(name)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Archive: the recording and the transcript of every session in S3, made from the spool.
+#
+# A recording goes up in parts that are read from the spool one by one, so an upload needs the memory of a
+# part. One that fails leaves nothing in the bucket and everything in the spool, where the sweep finds it
+# again. Servers that speak S3 differ: no checksum is asked for, no answer is read but its ETag, and all
+# errors are one.
+# ------------------------------------------------------------------------------------------------------------
+
+PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
+UPLOADS = 4  # at once
+CHECK_SECONDS = 5.0  # for the bucket to answer at start
+
+
+class ArchiveError(Exception):
+    """The bucket did not take it."""
+
+
+class Upload(NamedTuple):
+    """An object to be: a header, and behind it a stretch of a recording, read piece by piece."""
+
+    key: str
+    media_type: str
+    header: bytes
+    recording: Recording
+    offset: int = 0
+    size: int = 0  # bytes, without the header
+
+    def pieces(self) -> Iterator[bytes]:
+        """The object in pieces of PART_BYTES, the last one shorter; one at least."""
+        whole, head = len(self.header) + self.size, len(self.header)
+        for begin in range(0, max(whole, 1), PART_BYTES):
+            front = self.header[begin : begin + PART_BYTES]
+            size = min(PART_BYTES, whole - begin) - len(front)
+            yield front + self.recording.read(self.offset + max(0, begin - head), size)
+
+
+class Archive:
+    """One S3 client for the process. Made, and aiobotocore imported, only if there is a bucket."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
+        self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(UPLOADS)
+        self._client: Any = None
+
+    async def open(self) -> None:
+        """Make the client, and report a bucket that cannot be used. Raises ValueRefused."""
+        from aiobotocore.session import AioSession
+        from botocore.config import Config
+
+        config = Config(
+            connect_timeout=10,
+            read_timeout=60,
+            retries={"total_max_attempts": 2},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            client = AioSession().create_client("s3", config=config)
+            self._client = await self._exit.enter_async_context(client)
+        except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
+            raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self._client.head_bucket(Bucket=self._bucket)
+        except Exception as error:
+            log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)
+
+    async def close(self) -> None:
+        """Close the client."""
+        await self._exit.aclose()
+
+    def address(self, key: str) -> str:
+        """Where an object is."""
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    async def store(self, upload: Upload) -> None:
+        """Upload an object. Raises ArchiveError."""
+        target, size = (
+            {"Bucket": self._bucket, "Key": self._prefix + upload.key},
+            upload.size + len(upload.header),
+        )
+        try:
+            async with self._uploads:
+                if size > PART_BYTES:
+                    await self._store_parts(target, upload)
+                else:
+                    body = next(upload.pieces())
+                    await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
+                await self._confirm(target, size)
+        except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
+            raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
+
+    async def _store_parts(self, target: dict[str, str], upload: Upload) -> None:
+        with contextlib.suppress(Exception):  # what a crash has left of an earlier attempt is only paid for
+            left = await self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=target["Key"])
+            for old in left.get("Uploads", []):
+                await self._client.abort_multipart_upload(**target, UploadId=old["UploadId"])
+        begun = await self._client.create_multipart_upload(**target, ContentType=upload.media_type)
+        target, parts = {**target, "UploadId": begun["UploadId"]}, []
+        try:
+            for number, piece in enumerate(upload.pieces(), 1):
+                part = await self._client.upload_part(**target, PartNumber=number, Body=piece)
+                parts.append({"PartNumber": number, "ETag": part["ETag"]})
+            await self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
+        except Exception:
+            with contextlib.suppress(Exception):
+                await self._client.abort_multipart_upload(**target)
+            raise
+
+    async def _confirm(self, target: dict[str, str], size: int) -> None:
+        """Look before the only other copy is deleted: a proxy's page has status 200 too."""
+        try:
+            found = await self._client.head_object(**target)
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:  # we may write, and not read
+                return
+            raise
+        if found.get("ContentLength") != size:
+            raise ArchiveError(f"the bucket has {found.get('ContentLength')} bytes of {size}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Session: one transcription, from the first byte to the object in S3.
+#
+# One loop owns all that a session is. It takes in what the reader left in the inbox, writes it to the spool,
+# cuts it into windows, starts requests for them, and makes the answers final in order. Requests are tasks
+# that leave their outcome in a flight and wake the loop; nothing else waits for the endpoint.
+#
+# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
+# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
+# are one case.
+# ------------------------------------------------------------------------------------------------------------
+
+TICK_SECONDS, INTERIM_TICK_SECONDS = 0.2, 0.1  # between two looks into the inbox
+INBOX_BYTES, INBOX_LIMIT = 1 << 16, 1 << 20  # that are taken in at once; that stop the reader
+RESTORE_BYTES = 1 << 20  # of a spooled stream between two turns of the event loop
+IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
+IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
+LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
+FLIGHTS = 4  # requests of one session at once
+MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
+ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
+FORM_BYTES = 1 << 13  # of a request beside the file
+SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
+INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between interims
+INTERIM_BASE, INTERIM_SLOPE = 0.3, 0.25  # the longer the window, in seconds, the rarer: each posts all of it
+INTERIM_BILL = 2.5  # seconds that are posted for a second of audio, at most
+SEND_SECONDS = 20.0  # for a client to take a message
+STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
+CLOSE_DONE, CLOSE_FORMAT, CLOSE_TAKEN, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # RFC 6455
+
+Message = dict[str, Any]
+
+
+class Client:
+    """One connection: an ordered queue of messages with one writer. An interim is behind all others."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self.done = asyncio.Event()  # nothing more will be sent
+        self._connection, self._wake = connection, asyncio.Event()
+        self._messages: deque[Message] = deque()
+        self._interim: Message | None = None
+        self._close: tuple[int, str] | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether the client has all that was sent before `close`: it answered the close."""
+        return self._close is not None and self._connection.close_code == self._close[0]
+
+    def send(self, message: Message) -> None:
+        """Queue a message. It takes the place of an interim that is not yet sent."""
+        self._messages.append(message)
+        self.show(None)
+
+    def show(self, interim: Message | None) -> None:
+        """Send an interim, unless something newer comes first."""
+        self._interim = interim
+        self._wake.set()
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Close the connection behind all messages."""
+        self._close = self._close or (code, reason)
+        self._wake.set()
+
+    async def write(self) -> None:
+        """Send what is queued, until the connection is closed."""
+        try:
+            while self._close is None or self._messages:
+                await self._wake.wait()
+                self._wake.clear()
+                while message := self._messages.popleft() if self._messages else self._interim:
+                    if message is self._interim:
+                        self._interim = None
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await self._connection.send(json.dumps(message, ensure_ascii=False))
+            await self._connection.close(*self._close)
+        except TimeoutError:
+            log.warning("a client does not read and is cut off; it can resume")
+            self._connection.transport.abort()
+        except ConnectionClosed:
+            pass  # what it has not read is in the journal
+        finally:
+            self.done.set()
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A window on its way to text, and what became of it."""
+
+    window: Window
+    outcome: Hypothesis | EndpointError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the sessions of a process share."""
+
+    settings: Settings
+    desk: Desk
+    spool: Spool
+    archive: Archive | None
+
+
+class Session:
+    """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
+
+    def __init__(self, services: Services, recording: Recording, options: Options, opened: str) -> None:
+        self.id, self.recording, self.options = recording.session, recording, options
+        self.client: Client | None = None
+        self.sequence = 0  # of the last transcription
+        self.over = False  # no more audio will come
+        self.told = False  # all was said to the client; only the archive may be missing
+        self._services, self._desk, self._opened = services, services.desk, opened
+        self._clock = asyncio.get_running_loop().time
+        most = services.settings.upload_bytes - FORM_BYTES
+        self._stream = Stream(options.format, options.rate, options.channels, most)
+        self._segmenter, self._transcript, self._usage = Segmenter(), Transcript(), Usage()
+        self._inbox: deque[bytes | str] = deque()
+        self._inbox_bytes, self._deaf = 0, False  # deaf: nothing takes in what comes
+        self._wake, self._taken = asyncio.Event(), asyncio.Event()
+        self._waiting: deque[Window] = deque()  # for a request
+        self._seeking = 0  # requests that wait for a slot and have no window yet
+        self._flights: deque[Flight] = deque()  # in the order of the audio
+        self._probe: Flight | None = None  # the last interim request of the open window
+        self._shown: Flight | None = None  # the last one whose text was shown
+        self._probing = self._degraded = False
+        self._asked = 0.0  # the end of the last probe, seconds of audio
+        self._gaps: list[Window] = []
+        self._complete: Message | None = None
+        self._stored = services.archive is None
+        self._abandoned = False  # nobody will come back
+        self._reason, self._close_code = "", CLOSE_DONE
+        self._fed = self._left = self._clock()  # when audio last came, when the client went
+        self._acked = (0.0, 0)  # seconds of audio and bytes at the last `received`
+        self._tasks: asyncio.TaskGroup
+
+    @classmethod
+    def begin(cls, services: Services, options: Options) -> Session:
+        """A new session. Raises SpoolError."""
+        options = dataclasses.replace(options, token="")  # it is nobody's business
+        recording, opened = services.spool.create(), datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            recording.note(event="open", opened=opened, options=dataclasses.asdict(options))
+        except SpoolError:
+            recording.remove()
+            recording.release()
+            raise
+        return cls(services, recording, options, opened)
+
+    @classmethod
+    async def restore(cls, services: Services, recording: Recording) -> Session:
+        """The session that the files hold. Raises SpoolError if they hold none, and lets go of them."""
+        try:
+            events = recording.events()
+            opened = next(events, {})
+            if not opened and not recording.size:
+                recording.remove()  # begun, and nothing more
+            session = cls(services, recording, Options(**opened["options"]), opened["opened"])
+            for event in events:
+                session._recall(event)
+            await session._hear_again()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            recording.release()
+            raise SpoolError(f"the journal of {recording.session} cannot be read: {error!r}") from error
+        except BaseException:
+            recording.release()
+            raise
+        return session
+
+    def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
+        """Give the session to a client that has seen the transcriptions up to `after`."""
+        if self.client:
+            self._error("taken_over", "Another connection took this session over.", fatal=True)
+            self.client.close(CLOSE_TAKEN, "taken over")
+        self._take_in()
+        self.client = client
+        self._status(status, message, session=self.id, received=self.recording.size)
+        sequence = 0
+        for event in self.recording.events():
+            past = event.get("message", {})
+            sequence = past.get("sequence", sequence)
+            if past and (sequence > after or (sequence == after and past["type"] == "error")):
+                client.send(past)
+        if self._complete:
+            self._announce()
+
+    def detach(self, client: Client) -> None:
+        """The client's connection is closed."""
+        if self.client is client:
+            self.client, self._left = None, self._clock()
+
+    async def put(self, client: Client, message: bytes | str) -> None:
+        """Take a message of the client; wait while the session is behind with its writing."""
+        if self.client is not client or self._deaf:
+            return
+        self._inbox.append(message)
+        self._inbox_bytes += len(message)
+        if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
+            self._wake.set()
+        if self._inbox_bytes >= INBOX_LIMIT:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def abandon(self) -> None:
+        """Nobody came back: as if END had come."""
+        self._abandoned = True
+        self._end("abandoned")
+
+    def drain(self) -> None:
+        """Send the client to the next process, unless it only waits for the end."""
+        with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
+            self._take_in()
+        if self.client and not self.over:
+            self._status("draining", "The server restarts: reconnect.", received=self.recording.size)
+            self.client.close(CLOSE_RESTART, "service restart")
+
+    def fail(self, message: str) -> None:
+        """Tell the client that the session cannot go on."""
+        self._error("failed", message, fatal=True)
+        if self.client:
+            self.client.close(CLOSE_FAILED, "failed")
+
+    async def run(self) -> None:
+        """Work until the session is stored, or at rest. Raises SpoolError."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while not self._at_rest():
+                    await self._woken()
+                    self._take_in()
+                    self._end_utterance()
+                    self._show_probe()
+                    self._settle()
+                    self._launch()
+                    self._launch_probe()
+                    self._acknowledge()
+        finally:
+            self._deaf = True
+            self._taken.set()
+        if self.over:
+            await self._finish()
+
+    def _at_rest(self) -> bool:
+        if self._inbox or self._waiting or self._seeking or self._flights or self._probing:
+            return False
+        return self.over or (self.client is None and self._clock() - self._left > LINGER_SECONDS)
+
+    async def _woken(self) -> None:
+        tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
+        timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
+        await self._wake.wait()
+        self._wake.clear()
+        timer.cancel()
+
+    # -- audio to windows
+
+    def _take_in(self) -> None:
+        audio: list[bytes] = []
+        for message in self._inbox:
+            if isinstance(message, bytes):
+                audio.append(message)
+                continue
+            self._receive(b"".join(audio))
+            audio.clear()
+            self._obey(message)
+        self._inbox.clear()
+        self._receive(b"".join(audio))
+        self._inbox_bytes = 0
+        self._taken.set()
+
+    def _obey(self, command: str) -> None:
+        if command == "END":
+            self._end("END")
+        elif command == "FLUSH":
+            self._queue(self._segmenter.flush())
+        else:
+            self._error("unknown_message", f"{command[:40]!r} is no command: send audio, FLUSH or END.")
+
+    def _receive(self, audio: bytes) -> None:
+        if audio and self.over:
+            self._error("after_end", "The session is over: this audio is not transcribed.")
+        elif audio:
+            self._fed = self._clock()
+            self.recording.append(audio)
+            self._hear(self._stream.feed(audio))
+
+    def _hear(self, frames: Sequence[Frame]) -> None:
+        stream = self._stream.format
+        self._segmenter.limit = self._within(LIMIT_SECONDS)
+        self._queue(self._segmenter.feed(frames))
+        for warning in stream.warnings:
+            self._error("skipped", warning)
+        stream.warnings.clear()
+        if stream.error and self._close_code != CLOSE_FORMAT:
+            self._close_code = CLOSE_FORMAT
+            self._error("format", str(stream.error), fatal=True)
+            self._end("format")
+
+    def _end(self, reason: str) -> None:
+        if not self.over:
+            self.over, self._reason = True, reason
+            self.recording.note(event="end", reason=reason)
+            self._flush()
+
+    def _flush(self) -> None:
+        self._hear(self._stream.end())
+        self._queue(self._segmenter.flush())
+
+    def _end_utterance(self) -> None:
+        """A client that stops sending still gets its final. One that is gone may come back in mid-word."""
+        idle = self._clock() - self._fed
+        paused = idle >= IDLE_QUIET_SECONDS and self._segmenter.quiet >= IDLE_QUIET
+        if paused or (idle >= IDLE_SECONDS and self.client):
+            self._queue(self._segmenter.flush())
+
+    def _acknowledge(self) -> None:
+        now, size = self._segmenter.now, self.recording.size
+        if self.options.acks and (now - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES):
+            self._acked = (now, size)
+            self._status("received", "Safe on the server.", received=size)
+
+    # -- windows to final text
+
+    def _queue(self, windows: Sequence[Window]) -> None:
+        """Line up windows for requests. A probe that has heard all speech of a window is its request."""
+        for window in windows:
+            probe, self._probe = self._probe, None
+            idle = not self._flights and not self._waiting
+            failed = probe is None or isinstance(probe.outcome, EndpointError)
+            if probe and idle and not failed and probe.window.last == window.last:
+                probe.window = window.since(probe.window.start)
+                self._flights.append(probe)
+            else:
+                self._waiting.append(window)
+
+    def _launch(self) -> None:
+        flying = sum(flight.outcome is None for flight in self._flights)
+        while self._seeking < min(len(self._waiting), FLIGHTS - flying) and not self._blocked():
+            self._seeking += 1
+            self._tasks.create_task(self._fly(None))
+
+    def _blocked(self) -> bool:
+        """Whether the next window waits for a word that one in flight may leave to it."""
+        return any(not flight.window.clean for flight in self._flights)
+
+    def _board(self) -> Flight | None:
+        """A flight for the first window that waits, and those behind it that fit into the same request."""
+        if not self._waiting or self._blocked():
+            return None
+        window = self._waiting.popleft()
+        while self._waiting and self._waiting[0].end - window.start <= self._within(MERGE_SECONDS):
+            if self._waiting[0].start - window.end > MERGE_GAP_SECONDS:
+                break
+            window = window.joined(self._waiting.popleft())
+        flight = Flight(window if self._flights else self._from_context(window))
+        self._flights.append(flight)
+        return flight
+
+    def _within(self, seconds: float) -> float:
+        """So many seconds, or those that fit into a request: PCM is posted as 16 bits, whatever its rate."""
+        stream = self._stream.format
+        if not isinstance(stream, Pcm):
+            return seconds
+        fitting = (self._services.settings.upload_bytes - FORM_BYTES) / (2 * stream.rate * stream.channels)
+        return min(seconds, fitting - LOOKBACK_SECONDS)
+
+    def _from_context(self, window: Window) -> Window:
+        """Begin behind what is final, or before it to hear words to align by."""
+        resume = max(self._transcript.resume, window.start - LOOKBACK_SECONDS)
+        wanted = resume < self._transcript.heard or resume > window.start
+        return window.since(resume) if wanted else window
+
+    async def _fly(self, flight: Flight | None) -> None:
+        """Bring a window to text: the flight's or, once there is a slot, the first that waits."""
+        seeking, post = flight is None, None
+
+        def prepare() -> Post | None:
+            nonlocal flight, seeking, post
+            flight = flight or self._board()
+            self._seeking, seeking = self._seeking - seeking, False
+            post = self._post(flight.window) if flight else None
+            return post
+
+        try:
+            answer = await self._desk.final(self._usage, prepare)
+            if flight and post and answer:
+                hypothesis = read_answer(answer, flight.window)
+                if echoes(hypothesis, post.prompt):
+                    plain = dataclasses.replace(post, prompt="")
+                    answer = await self._desk.final(self._usage, lambda: plain)
+                    hypothesis = read_answer(answer or {}, flight.window)
+                flight.outcome = hypothesis
+        except EndpointError as error:
+            flight = flight or self._board()
+            if flight:
+                flight.outcome = error
+        finally:
+            self._seeking -= seeking
+            self._wake.set()
+
+    def _post(self, window: Window) -> Post:
+        """A window's frames, read back from the spool and wrapped as a file."""
+        stream, options = self._stream.format, self.options
+        frames = window.frames.between(window.start - stream.lead, window.end)
+        begin = frames.offsets[0]
+        audio = self.recording.read(begin, frames.offsets[-1] + frames.sizes[-1] - begin)
+        places = zip(frames.offsets, frames.sizes, strict=True)
+        pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
+        content = stream.file(pieces, frames.index(window.start))
+        seconds = max(MIN_POST_SECONDS, window.end - window.start)
+        room = PROMPT_CHARACTERS - len(options.prompt) - 1
+        carried = self._transcript.prompt(window.start)[-room:] if room > 0 else ""
+        prompt = f"{options.prompt} {carried}".strip()
+        return Post((f"audio.{stream.extension}", content, stream.media_type), seconds, options, prompt)
+
+    def _settle(self) -> None:
+        """Make the text of windows final, in order."""
+        while self._flights and self._flights[0].outcome:
+            flight = self._flights.popleft()
+            if isinstance(flight.outcome, Hypothesis):
+                self._emit(self._transcript.settle(flight.outcome, self._affordable(flight.window)))
+            else:
+                self._leave_gap(flight.window, flight.outcome)
+
+    def _affordable(self, window: Window) -> Window:
+        """Finals alone post no second twice that silence has not saved; else an unclean end has to do."""
+        saved = window.end - self._usage.posted
+        again = self.options.interim or saved > LOOKBACK_SECONDS
+        return window if again else dataclasses.replace(window, clean=True)
+
+    def _emit(self, segment: Segment | None, **late: bool) -> None:
+        """Journal final text and send it."""
+        if segment is None:
+            return
+        self.sequence += 1
+        message: Message = {
+            "type": "transcription",
+            "sequence": self.sequence,
+            "text": spelled(segment.words),
+        }
+        message |= {**_span(segment), "received": self.recording.size, **late}
+        if self.options.words and segment.timed:
+            message["words"] = [{"word": word.text.strip(), **_span(word)} for word in segment.words]
+        self._note("transcription", message, words=[] if late or not segment.timed else segment.words)
+
+    def _note(self, event: str, message: Message, **more: Any) -> None:
+        """Journal what happened, with the state to go on from; then tell the client."""
+        transcript, usage = self._transcript, dataclasses.astuple(self._usage)
+        state = {"heard": transcript.heard, "resume": transcript.resume, "usage": usage}
+        self.recording.note(event=event, message=message, **state, **more)
+        if self.client and message:
+            self.client.send(message)
+
+    def _leave_gap(self, window: Window, error: EndpointError | None) -> None:
+        gap = window.since(max(window.start, self._transcript.heard))
+        self._transcript.settle(Hypothesis([], timed=False), gap)
+        self._gaps.append(gap)
+        log.warning("session %s: no text for %.1f to %.1f s: %s", self.id, gap.start, gap.end, error)
+        text = f"No text for this part yet: {error}. It is tried again before `complete`."
+        message = {"type": "error", "code": "gap", "message": text, **_span(gap), "fatal": False}
+        self._note("gap", message, lost=(gap.start, gap.end))
+
+    # -- interim text
+
+    def _launch_probe(self) -> None:
+        """Ask for interim text when there is enough new audio, or a pause that may end the window."""
+        segmenter = self._segmenter
+        if not self.options.interim or not segmenter.open or self._asked >= segmenter.last or self.over:
+            return
+        length = segmenter.now - max(segmenter.start, self._transcript.resume)
+        fresh = segmenter.now - max(self._asked, segmenter.first)
+        if fresh < self._interim_seconds(length) and segmenter.quiet < SPECULATE_SECONDS:
+            return
+        busy = self._probing or self._flights or self._waiting
+        if busy or not self._desk.spare() or self._spent() >= SHORT_SHARE:
+            if fresh >= INTERIM_MOST and not self._degraded:
+                self._degraded = True
+                self._status("degraded", "Interim text pauses: the endpoint or the budget is short.")
+            return
+        window = self._from_context(segmenter.peek())
+        bill = self._usage.posted + 2 * (window.end - window.start)  # with its final
+        if window.speech >= MIN_SPEECH_SECONDS and bill <= INTERIM_BILL * segmenter.now:
+            self._asked, self._degraded = segmenter.now, False
+            self._probe, self._probing = Flight(window), True
+            self._tasks.create_task(self._ask(self._probe))
+
+    def _interim_seconds(self, length: float) -> float:
+        """New audio, in seconds, that is worth a request in an open window of a length."""
+        pressure = 2.0 if self._spent() >= SCARCE_SHARE else 1.0 + self._desk.load()
+        seconds = self._services.settings.interim_seconds * (INTERIM_BASE + INTERIM_SLOPE * length)
+        return min(max(seconds * pressure, INTERIM_LEAST), INTERIM_MOST)
+
+    def _spent(self) -> float:
+        """The share of the nearest cap on billed seconds that is used up."""
+        cap = self._services.settings.session_billed_seconds
+        return max(self._desk.spent(), self._usage.billed / cap if cap else 0.0)
+
+    async def _ask(self, probe: Flight) -> None:
+        try:
+            post = self._post(probe.window)
+            hypothesis = read_answer(await self._desk.interim(self._usage, post), probe.window)
+            if echoes(hypothesis, post.prompt):
+                raise EndpointError("the endpoint repeats the prompt")
+            probe.outcome = hypothesis
+        except EndpointError as error:
+            if probe in self._flights:
+                self._tasks.create_task(self._fly(probe))
+            else:
+                probe.outcome = error
+        finally:
+            self._probing = False
+            self._wake.set()
+
+    def _show_probe(self) -> None:
+        """Make final what the probe agrees on with the one before, and show the rest."""
+        probe = self._probe
+        if probe is None or probe is self._shown or not isinstance(probe.outcome, Hypothesis):
+            return
+        self._shown = probe
+        segment, rest = self._transcript.agree(probe.outcome, probe.window)
+        self._emit(segment)
+        self._segmenter.advance(self._transcript.resume)
+        if self.client and rest:
+            start = max(rest[0].start, self._transcript.end)
+            self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
+
+    # -- the end
+
+    async def _finish(self) -> None:
+        """Fill the gaps, sum up, archive, and take leave."""
+        if self._complete is None:
+            await self._fill_gaps()
+            self._complete = self._summary()
+            self.recording.note(event="complete", summary=self._complete)
+            usage = json.dumps(self._complete["usage"])
+            log.info("session %s: over (%s), %s, %d gaps", self.id, self._reason, usage, len(self._gaps))
+        async with asyncio.TaskGroup() as group:
+            upload = group.create_task(self._store())
+            await asyncio.wait({upload}, timeout=self._services.settings.archive_seconds)
+            self._announce()
+            client = self.client
+        if client:
+            await client.done.wait()
+        self.told = True
+        delay = STORE_LEAST
+        while not self._stored:
+            await asyncio.sleep(delay)
+            await self._store()
+            delay = min(2 * delay, STORE_MOST)
+        if self._abandoned or (client and client.told):
+            self.recording.remove()
+
+    async def _fill_gaps(self) -> None:
+        """Try the gaps again, now that nothing waits behind them."""
+        limit = asyncio.Semaphore(FLIGHTS)
+        async with asyncio.TaskGroup() as group:
+            for gap in list(self._gaps):
+                group.create_task(self._fill(gap, limit))
+
+    async def _fill(self, gap: Window, limit: asyncio.Semaphore) -> None:
+        try:
+            async with limit:
+                answer = await self._desk.final(self._usage, lambda: self._post(gap))
+        except EndpointError:
+            return
+        self._gaps.remove(gap)
+        gap = dataclasses.replace(gap, clean=True)
+        self._emit(Transcript(gap.start).settle(read_answer(answer or {}, gap), gap), late=True)
+        self._note("filled", {}, found=gap.start)
+
+    def _announce(self) -> None:
+        """Send `complete`, the last message, and close."""
+        if self.client is None or self._complete is None:
+            return
+        text = "Parts are missing: see gaps." if self._complete["gaps"] else "All is transcribed."
+        more: Message = {}
+        if archive := self._services.archive:
+            places = {name: archive.address(key) for name, key in self._keys().items()}
+            more["archive"] = {**places, "stored": self._stored}
+        self._status("complete", text, **self._complete, **more)
+        self.client.close(self._close_code)
+
+    def _segments(self) -> list[Message]:
+        """The transcriptions in the order of the audio, from the journal."""
+        past = [event.get("message", {}) for event in self.recording.events()]
+        segments = [message for message in past if message.get("type") == "transcription"]
+        return sorted(segments, key=lambda segment: float(segment["start"]))
+
+    def _summary(self) -> Message:
+        seconds, usage = self._segmenter.now, self._usage
+        return {
+            "full_transcription": " ".join(segment["text"] for segment in self._segments()),
+            "duration": round(seconds, 3),
+            "gaps": [_span(gap) for gap in self._gaps],
+            "usage": {
+                "audio_seconds": round(seconds, 3),
+                "posted_seconds": round(usage.posted, 3),
+                "billed_seconds": usage.billed,
+                "requests": usage.requests,
+                "factor": round(usage.posted / seconds, 3) if seconds else 0.0,
+            },
+        }
+
+    def _keys(self) -> dict[str, str]:
+        key = f"{self._opened[:10].replace('-', '/')}/{self.id}"
+        return {"audio": f"{key}.{self._stream.format.archive[0]}", "transcript": f"{key}.json"}
+
+    async def _store(self) -> None:
+        """Put the recording and the transcript into the bucket, or log why not."""
+        archive, recording, stream = self._services.archive, self.recording, self._stream.format
+        if self._stored or archive is None or not recording.size:
+            self._stored = True
+            return
+        keys, (header, begin, size) = self._keys(), stream.stored(recording.size)
+        about = {"session": self.id, "opened": self._opened, "options": dataclasses.asdict(self.options)}
+        result = {**about, **(self._complete or {}), "segments": self._segments()}
+        text = json.dumps(result, ensure_ascii=False).encode()
+        try:
+            await archive.store(Upload(keys["audio"], stream.archive[1], header, recording, begin, size))
+            await archive.store(Upload(keys["transcript"], "application/json", text, recording))
+        except ArchiveError as error:
+            log.warning("session %s: not stored yet, the spool keeps it: %s", self.id, error)
+            return
+        self._stored = True
+        recording.note(event="stored")
+
+    # -- a session from its files
+
+    def _recall(self, event: Mapping[str, Any]) -> None:
+        """Take up an event of the journal."""
+        kind, message = event.get("event"), event.get("message", {})
+        if "heard" in event:
+            self._transcript.heard, self._transcript.resume = event["heard"], event["resume"]
+            self._usage = Usage(*event["usage"])
+            self.sequence = message.get("sequence", self.sequence)
+        if kind == "transcription":
+            self._transcript.recall((Word(*word) for word in event["words"]), message["end"])
+        elif kind == "gap":
+            start, end = event["lost"]
+            self._gaps.append(Window(start, end, start, end, end - start, True, Frames()))
+        elif kind == "filled":
+            self._gaps = [gap for gap in self._gaps if gap.start != event["found"]]
+        elif kind == "end":
+            self.over, self._reason = True, event["reason"]
+        elif kind == "complete":
+            self._complete = event["summary"]
+        elif kind == "stored":
+            self._stored = True
+
+    async def _hear_again(self) -> None:
+        """Run the spooled audio through format and segmenter. What was not settled becomes windows."""
+        self._segmenter = Segmenter(self._transcript.heard)
+        for offset in range(0, self.recording.size, RESTORE_BYTES):
+            frames, now = self._stream.feed(self.recording.read(offset, RESTORE_BYTES)), self._segmenter.now
+            for frame in frames if self._gaps else ():
+                now += frame.seconds
+                for gap in self._gaps:
+                    if gap.start - LOOKBACK_SECONDS < now <= gap.end + 1e-6:
+                        gap.frames.append(frame, now)
+            self._hear(frames)
+            await asyncio.sleep(0)
+        if self.over:
+            self._flush()
+
+    # -- messages
+
+    def _status(self, status: str, message: str, **more: Any) -> None:
+        if self.client:
+            self.client.send({"type": "status", "status": status, "message": message, **more})
+
+    def _error(self, code: str, message: str, fatal: bool = False) -> None:
+        if self.client:
+            self.client.send({"type": "error", "code": code, "message": message, "fatal": fatal})
+
+
+def _span(timed: Word | Segment | Window) -> dict[str, float]:
+    return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Server: the handshake, the health pages, the sweep of the spool, and the way down.
+#
+# All refusals happen at the handshake, as plain HTTP. Behind it a connection is two tasks, one that reads
+# into its session and one that writes what the session queued. The session has a task of its own, which
+# outlives them.
+# ------------------------------------------------------------------------------------------------------------
+
+SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
+MAX_MESSAGE_BYTES = 1 << 20
+OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
+
+
+class Refusal(Exception):
+    """A handshake's answer that is no connection."""
+
+    def __init__(self, status: int, message: str, retry: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.retry = status, retry
+
+
+class Connection(ServerConnection):
+    """A connection with what its handshake has settled."""
+
+    options: Options
+    session: Session | None = None  # to resume
+
+
+class Server:
+    """All sessions of the process."""
+
+    def __init__(self, services: Services) -> None:
+        self._services, self._settings = services, services.settings
+        tokens = services.settings.scribe_tokens.split(",")
+        self._tokens = [token.strip().encode() for token in tokens if token.strip()]
+        self._note = " Offline recognition: English only, and rough." if services.settings.offline else ""
+        self._sessions: dict[str, Session] = {}
+        self._works: dict[str, asyncio.Task[None]] = {}
+        self._draining = False
+        self._tasks: asyncio.TaskGroup
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Listen until `stop` is set, then drain."""
+        hooks: dict[str, Any] = {"create_connection": Connection, "process_request": self._check}
+        hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
+        hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
+        async with (
+            asyncio.TaskGroup() as self._tasks,
+            serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
+        ):
+            for socket in listener.sockets:
+                log.info("listening on %s port %d", *socket.getsockname()[:2])
+            sweep = self._tasks.create_task(self._sweep())
+            await stop.wait()
+            sweep.cancel()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Send clients to the next process, finish what has ended, and leave the rest in the spool."""
+        self._draining = True
+        sessions = list(self._sessions.values())
+        for session in sessions:
+            session.drain()
+        waits: list[asyncio.Task[Any]] = [self._works[s.id] for s in sessions if s.over and not s.told]
+        waits += [self._tasks.create_task(s.client.done.wait()) for s in sessions if s.client and not s.over]
+        if waits:
+            log.info("draining %d sessions", len(waits))
+            await asyncio.wait(waits, timeout=self._settings.drain_seconds)
+        for task in (*waits, *self._works.values()):
+            task.cancel()
+
+    async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer a request that is no WebSocket's, or that is refused."""
+        path, _, query = request.path.partition("?")
+        try:
+            if path == "/healthz" or (path == "/readyz" and not self._draining):
+                raise Refusal(200, "ok")
+            if self._draining:
+                raise Refusal(503, "The server restarts.", RETRY_DRAINING)
+            if path != "/ws":
+                raise Refusal(404, "There are /ws, /healthz and /readyz.")
+            await self._admit(cast(Connection, connection), query, request.headers.get("Authorization", ""))
+        except Refusal as refusal:
+            response = connection.respond(refusal.status, f"{refusal}\n")
+            if refusal.retry:
+                response.headers["Retry-After"] = str(refusal.retry)
+            return response
+        return None
+
+    async def _admit(self, connection: Connection, query: str, authorization: str) -> None:
+        """Settle what the connection is for. Raises Refusal."""
+        scheme, _, bearer = authorization.partition(" ")
+        shown = [text for name, text in parse_qsl(query) if name == "token"]
+        shown += [bearer.strip()] if scheme.lower() == "bearer" else []
+        right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
+        if self._tokens and not any(right):
+            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+        try:
+            connection.options = options = Options.parse(query)
+        except ValueRefused as error:
+            raise Refusal(400, str(error)) from None
+        if options.session:
+            connection.session = await self._find(options.session)
+            if options.after > connection.session.sequence:
+                raise Refusal(400, f"after: the last sequence number is {connection.session.sequence}")
+        elif sum(not session.over for session in self._sessions.values()) >= self._settings.max_sessions:
+            raise Refusal(503, "The server is full.", RETRY_FULL)
+        elif self._services.spool.full or self._services.desk.spent() >= 1:
+            raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
+
+    async def _find(self, name: str) -> Session:
+        """The session that a client comes back to, from here or from the spool. Raises Refusal."""
+        try:
+            if name not in self._sessions:
+                self._start(await Session.restore(self._services, self._services.spool.open(name)))
+        except Locked as error:
+            raise Refusal(503, str(error), RETRY_LOCKED) from None
+        except SpoolError as error:
+            raise Refusal(404, str(error)) from None
+        return self._sessions[name]
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        client = Client(connection)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.write())
+            try:
+                session = self._attach(client, cast(Connection, connection))
+                async for message in connection:
+                    await session.put(client, message)
+            except SpoolError as error:
+                client.send({"type": "error", "code": "failed", "message": str(error), "fatal": True})
+                client.close(CLOSE_FAILED, "failed")
+                return
+            except ConnectionClosed:
+                pass
+            session.detach(client)
+            client.close(CLOSE_DONE)
+
+    def _attach(self, client: Client, connection: Connection) -> Session:
+        session = connection.session
+        if session:
+            resumed = "Resumed. Send audio from byte `received` on, then END."
+            try:
+                session.attach(client, "resumed", resumed + self._note, connection.options.after)
+            except SpoolError as error:
+                session.fail(str(error))
+                raise
+            return session
+        session = Session.begin(self._services, connection.options)
+        log.info("session %s: begun, %s", session.id, connection.options.format)
+        self._start(session)
+        session.attach(client, "ready", "Connected. Send audio, then END." + self._note)
+        return session
+
+    def _start(self, session: Session) -> None:
+        self._sessions[session.id] = session
+        self._works[session.id] = self._tasks.create_task(self._work(session))
+
+    async def _work(self, session: Session) -> None:
+        """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
+        try:
+            await session.run()
+        except* SpoolError as errors:
+            log.error("session %s: %s", session.id, errors.exceptions[0])
+            session.fail(f"{errors.exceptions[0]}. What was received before is safe.")
+        except* Exception:
+            log.exception("session %s failed", session.id)
+            session.fail("The session failed. What was received is safe: resume later.")
+        finally:
+            del self._sessions[session.id], self._works[session.id]
+            session.recording.release()
+
+    async def _sweep(self) -> None:
+        """Finish the sessions that nobody came back to, whichever server began them."""
+        grace, unreadable = self._settings.grace_seconds, set[str]()
+        while True:
+            for session in self._sessions.values():
+                session.recording.touch()
+            for name in self._services.spool.sweep(grace):
+                if name in self._sessions or name in unreadable:
+                    continue
+                try:
+                    (await self._find(name)).abandon()
+                except Refusal as refusal:
+                    if not refusal.retry:  # else it is another server's
+                        log.error("session %s cannot be finished: %s", name, refusal)
+                        unreadable.add(name)
+                except SpoolError as error:
+                    log.error("session %s cannot be finished now: %s", name, error)
+            await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one stops at once. Raises ValueRefused, OSError."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set() and task:
+            task.cancel()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    spool = Spool(settings)
+    engine = Sphinx() if settings.offline else Whisper(settings)
+    archive = Archive(settings) if settings.s3_bucket else None
+    try:
+        if archive:
+            await archive.open()
+        await Server(Services(settings, Desk(engine, settings), spool, archive)).serve(stop)
+    except asyncio.CancelledError:
+        log.warning("stopped at once; what is not finished is in the spool")
+    finally:
+        await engine.close()
+        if archive:
+            await archive.close()
+
+
+def main() -> int:
+    """The command: 0 after a clean stop, 1 if it cannot listen, 2 for settings that cannot be used."""
+    try:
+        settings = Settings.load(sys.argv[1:], os.environ)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
+        for library in ("httpx", "httpcore", "websockets", "botocore", "aiobotocore"):
+            logging.getLogger(library).setLevel(logging.WARNING)
+        if settings.offline:
+            log.warning("offline: PocketSphinx knows English only, and is rough")
+        if settings.host not in ("localhost", "127.0.0.1", "::1") and not settings.scribe_tokens:
+            log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
+        loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+        if importlib.util.find_spec("uvloop"):
+            loop = importlib.import_module("uvloop").new_event_loop
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(run(settings))
+    except (ValueRefused, OSError) as error:
+        print(f"scribe: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueRefused) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

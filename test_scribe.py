@@ -1,0 +1,2863 @@
+"""The instruments, the tests and the benchmarks of scribe."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import wave
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import av
+import boto3  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from aiohttp import ClientError, ClientSession, web
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+from numpy.typing import NDArray
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Request, Response
+
+import client as client_py
+import scribe
+
+T = TypeVar("T")
+Samples = NDArray[np.float32]  # shape (n,) or (n, channels), full scale is 1.0
+Message = dict[str, Any]  # of the WebSocket, as read from JSON
+
+# -----------------------------------------------------------------------------------------------------------
+# Synthetic speech
+#
+# A word is two tones at once, a low one of 16 and a high one of 16, so that it can be told from any 30 ms of
+# it. Its duration follows from its number, so that a listener knows whether it heard all of it. As in DTMF,
+# the tones are inside the telephone band and pass every codec. The low ones are 25 and the high ones 0 modulo
+# 50 Hz, and none is near a multiple of 1000 Hz: where they fold back, because only every fourth sample is
+# looked at, they are still 25 Hz or more apart, and never at zero.
+
+LOW_TONES = 325 + 50 * np.arange(16)  # Hz
+HIGH_TONES = 1450 + 100 * np.arange(16)  # Hz
+CONSONANTS = "bcdfghjklmnprstv"
+FIRST = [f"{consonant}{'aeio'[n % 4]}" for n, consonant in enumerate(CONSONANTS)]
+SECOND = [f"{consonant}{'oaue'[n % 4]}" for n, consonant in enumerate(CONSONANTS)]
+VOCABULARY = [
+    first + second for first, second in itertools.product(FIRST, SECOND)
+]  # by number: 16 * low + high
+DURATIONS = {word: 0.18 + 0.24 * (n * 101 % 256) / 255 for n, word in enumerate(VOCABULARY)}  # seconds
+EDGE = 0.005  # seconds in which a word swells and fades
+DIP_FROM = 0.24  # seconds: shorter words have no stop consonant inside
+DIP = (0.06, 0.095)  # seconds: how long such a consonant is silent
+PAUSES = (0.025, 0.05, 0.1, 0.3, 0.6, 1.2)  # seconds, from run-on speech to the end of a sentence
+AUDIBLE = 0.03  # seconds: a shorter piece of a word is not heard at all
+MISSING = 0.02  # seconds: a word that lacks less is still understood
+
+
+class Spoken(NamedTuple):
+    """A word of the truth, in seconds; `dip` is the silence inside it."""
+
+    text: str
+    start: float
+    end: float
+    dip: tuple[float, float] | None = None
+
+
+class Heard(NamedTuple):
+    """A word as a listener makes it out, in seconds of its window; not `whole` if an edge cut it."""
+
+    text: str
+    start: float
+    end: float
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Speech:
+    samples: Samples
+    rate: int
+    words: list[Spoken]
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.rate
+
+    @property
+    def texts(self) -> list[str]:
+        return [word.text for word in self.words]
+
+    def window(self, start: float, end: float) -> list[Heard]:
+        """What `hear` would make of the samples between two times, but from the truth, and so for nothing."""
+        return [heard for word in self.words if (heard := _overheard(word, start, end))]
+
+
+def _overheard(word: Spoken, start: float, end: float) -> Heard | None:
+    first, last = max(word.start, start), min(word.end, end)
+    if word.dip and word.dip[0] <= first <= word.dip[1]:
+        first = word.dip[1]
+    if word.dip and word.dip[0] <= last <= word.dip[1]:
+        last = word.dip[0]
+    if last - first < AUDIBLE:
+        return None
+    return _understood(word.text, first - start, last - start)
+
+
+def _understood(word: str, start: float, end: float) -> Heard:
+    whole = end - start > DURATIONS[word] - MISSING
+    return Heard(word if whole else fragment(word, end - start), float(start), float(end), whole)
+
+
+def fragment(word: str, seconds: float) -> str:
+    """What a cut word sounds like: no word of the vocabulary, and different when more of it is heard."""
+    return f"{word}q{chr(ord('a') + round(seconds / 0.02))}"
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def speak(
+    script: Iterable[str | float],
+    rate: int = 16000,
+    *,
+    level_db: float = -20,
+    noise_db: float = -60,
+    dips: float = 0.2,
+    seed: int = 0,
+) -> Speech:
+    """Says words (strings) and pauses (seconds) over a noise floor; levels are RMS in dB of full scale.
+
+    `dips` is the share of the longer words that have a stop consonant inside.
+    """
+    rng = np.random.default_rng(seed)
+    words: list[Spoken] = []
+    now = 0.0
+    for item in script:
+        if isinstance(item, str):
+            words.append(_spoken(item, now, rng.uniform(*DIP) if rng.random() < dips else 0.0))
+        now = words[-1].end if isinstance(item, str) else now + item
+    samples = rng.normal(0, 10 ** (noise_db / 20), round(now * rate)).astype(np.float32)
+    for word in words:
+        first, last = round(word.start * rate), round(word.end * rate)
+        samples[first:last] += 10 ** (level_db / 20) * _sound(word, np.arange(last - first) / rate)
+    return Speech(samples, rate, words)
+
+
+def _spoken(text: str, start: float, dip: float) -> Spoken:
+    end = start + DURATIONS[text]
+    middle = (start + end) / 2
+    has_dip = dip and DURATIONS[text] > DIP_FROM
+    return Spoken(text, start, end, (middle - dip / 2, middle + dip / 2) if has_dip else None)
+
+
+def _sound(word: Spoken, at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The two tones, at seconds from the word's start; their RMS is 1."""
+    low, high = divmod(VOCABULARY.index(word.text), 16)
+    inside = np.minimum(at, at[-1] - at)
+    if word.dip:
+        middle, half = sum(word.dip) / 2 - word.start, (word.dip[1] - word.dip[0]) / 2
+        inside = np.minimum(inside, np.abs(at - middle) - half)
+    swell = 0.5 - 0.5 * np.cos(np.pi * np.clip(inside / EDGE, 0, 1))
+    tones = np.sin(2 * np.pi * LOW_TONES[low] * at) + np.sin(2 * np.pi * HIGH_TONES[high] * at + 1)
+    return np.asarray(swell * tones)
+
+
+def chatter(rng: random.Random, count: int, pauses: Sequence[float] = PAUSES) -> list[str | float]:
+    """A script of random words with random pauses, quiet at both ends."""
+    script: list[str | float] = [0.3]
+    for _ in range(count):
+        script += rng.choice(VOCABULARY), rng.choice(pauses)
+    return [*script, 0.3]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Encoders: raw samples and WAV by numpy, the rest by PyAV
+
+Encoding = Literal["u8", "s16", "s24", "s32", "f32", "f64", "alaw", "mulaw"]
+RAW: dict[str, Encoding] = {"pcm_s16le": "s16", "pcm_f32le": "f32", "mulaw": "mulaw", "alaw": "alaw"}
+WIDTHS: dict[Encoding, int]  # bytes per sample
+WIDTHS = {"u8": 1, "s16": 2, "s24": 3, "s32": 4, "f32": 4, "f64": 8, "alaw": 1, "mulaw": 1}
+WAVE_TAGS: dict[str, int] = {"f32": 3, "f64": 3, "alaw": 6, "mulaw": 7}  # all else is PCM, 1
+GUID = bytes.fromhex("000000001000800000aa00389b71")  # of every WAVE_FORMAT_EXTENSIBLE, after the tag
+LIVE = 0xFFFFFFFF  # the size that a streaming writer leaves in the header
+
+Codec = Literal["webm", "ogg", "mp3", "mp4", "m4a", "flac"]
+CODECS: dict[Codec, tuple[str, str, dict[str, str]]] = {  # muxer, codec, options
+    "webm": ("webm", "libopus", {}),
+    "ogg": ("ogg", "libopus", {}),
+    "mp3": ("mp3", "libmp3lame", {}),
+    "mp4": ("mp4", "aac", {"movflags": "empty_moov+default_base_moof", "frag_duration": "200000"}),
+    "m4a": ("ipod", "aac", {}),
+    "flac": ("flac", "flac", {}),
+}
+
+
+def _mulaw_values() -> NDArray[np.int64]:
+    """The 256 samples of G.711 mu-law, by code."""
+    code = ~np.arange(256) & 0xFF
+    size = ((((code & 15) << 3) + 132) << ((code >> 4) & 7)) - 132
+    return np.where(code & 128, -size, size)
+
+
+def _alaw_values() -> NDArray[np.int64]:
+    """The 256 samples of G.711 A-law, by code."""
+    code = np.arange(256) ^ 0x55
+    exponent, mantissa = (code >> 4) & 7, ((code & 15) << 4) + 8
+    size = np.where(exponent, (mantissa + 256) << np.maximum(exponent - 1, 0), mantissa)
+    return np.where(code & 128, size, -size)
+
+
+def _companded(samples: NDArray[np.float64], values: NDArray[np.int64]) -> bytes:
+    codes = np.argsort(values, kind="stable")
+    middles = (values[codes][1:] + values[codes][:-1]) / 2
+    return codes[np.searchsorted(middles, samples * 32768)].astype(np.uint8).tobytes()
+
+
+def raw(samples: Samples, encoding: Encoding = "s16", channels: int = 1) -> bytes:
+    """Little-endian samples, the same in every channel."""
+    wide = np.repeat(samples.astype(np.float64), channels)
+    if encoding == "mulaw" or encoding == "alaw":
+        return _companded(wide, _mulaw_values() if encoding == "mulaw" else _alaw_values())
+    if encoding == "f32" or encoding == "f64":
+        return wide.astype(f"<f{WIDTHS[encoding]}").tobytes()
+    full = 2.0 ** (8 * WIDTHS[encoding] - 1)
+    whole = np.clip(np.rint(wide * full), -full, full - 1).astype("<i8") + (128 if encoding == "u8" else 0)
+    return whole.view(np.uint8).reshape(-1, 8)[:, : WIDTHS[encoding]].tobytes()
+
+
+def chunk(name: bytes, content: bytes, size: int | None = None) -> bytes:
+    """A RIFF chunk, padded to an even length; `size` is what its header claims."""
+    claimed = struct.pack("<I", len(content) if size is None else size)
+    return name + claimed + content + b"\0" * (len(content) % 2)
+
+
+def wav(
+    samples: Samples,
+    rate: int,
+    encoding: Encoding = "s16",
+    channels: int = 1,
+    *,
+    extensible: bool = False,
+    size: int | None = None,
+    before: bytes = b"",
+    after: bytes = b"",
+) -> bytes:
+    """A WAV file; `size` is what its header claims, `before` and `after` are chunks around the data."""
+    tag, width = 0xFFFE if extensible else WAVE_TAGS.get(encoding, 1), WIDTHS[encoding]
+    frame = width * channels
+    header = struct.pack("<HHIIHH", tag, channels, rate, rate * frame, frame, 8 * width)
+    if extensible:
+        header += struct.pack("<HHIH14s", 22, 8 * width, 0, WAVE_TAGS.get(encoding, 1), GUID)
+    elif tag != 1:
+        header += b"\0\0"
+    data = chunk(b"data", raw(samples, encoding, channels), size)
+    return chunk(b"RIFF", b"WAVE" + chunk(b"fmt ", header) + before + data + after, size)
+
+
+def encode(samples: Samples, rate: int, codec: Codec, bitrate: int = 32000) -> bytes:
+    """A compressed file, as an encoder that streams would write it. Opus takes 8, 12, 16, 24 and 48 kHz."""
+    muxer, name, options = CODECS[codec]
+    target = io.BytesIO()
+    with av.open(target, "w", format=muxer, options=options) as file:
+        stream = cast(av.AudioStream, file.add_stream(name, rate=rate, layout="mono", bit_rate=bitrate))
+        pcm = np.frombuffer(raw(samples), "<i2")[None]
+        frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout="mono")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    return target.getvalue()
+
+
+def decode(data: bytes) -> tuple[Samples, int, str]:
+    """Samples (mono), rate, and the container's names in FFmpeg, e.g. "matroska,webm"."""
+    with av.open(io.BytesIO(data), "r") as file:
+        mono = av.AudioResampler(format="flt", layout="mono")
+        parts = [part.to_ndarray()[0] for frame in file.decode(audio=0) for part in mono.resample(frame)]
+        return np.concatenate([np.zeros(0, np.float32), *parts]), file.streams.audio[0].rate, file.format.name
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The listener
+#
+# Finds the runs that are louder than what is around them, tells each one's tones by one FFT, and joins runs
+# of the same word that together are no longer than that word. It looks at 8 to 16 kHz whatever the rate: the
+# tones are below 3 kHz, and what folds down from above is noise.
+
+SMOOTHING = 8  # hops of about 1 ms over which power is averaged
+FFT_SIZE = 8192  # 1 to 2 Hz a bin, and more samples than a word has
+JITTER = 0.012  # seconds: how far a codec moves the edges of a word
+TONAL = 0.5  # share of a run's power that must lie in its two tones
+Piece = tuple[str, float, float]  # word, start, end
+
+
+def hear(samples: Samples, rate: int) -> list[Heard]:
+    """The words in a window of samples of shape (n,) or (n, channels), in order."""
+    stride = max(1, rate // 8000)
+    mono = samples[::stride] if samples.ndim == 1 else samples[::stride].mean(axis=1)
+    pieces: list[Piece] = []
+    for first, last in _loud_runs(mono, rate / stride).tolist():
+        start, end = first * stride / rate, last * stride / rate
+        word = _tones(mono[first:last], rate / stride) if end - start > 0.01 else None
+        if word:
+            pieces.append((word, start, end))
+    pieces = _joined(_joined(pieces, exact=True), exact=False)
+    return [_understood(*piece) for piece in pieces if piece[2] - piece[1] > AUDIBLE]
+
+
+def _joined(pieces: Iterable[Piece], *, exact: bool) -> list[Piece]:
+    """Joins neighbours of the same word that make exactly this word, or at most this word, together."""
+    joined: list[Piece] = []
+    for word, start, end in pieces:
+        excess = end - joined[-1][1] - DURATIONS[word] if joined and joined[-1][0] == word else math.inf
+        if excess < JITTER and (excess > -JITTER or not exact):
+            start = joined.pop()[1]
+        joined.append((word, start, end))
+    return joined
+
+
+def _loud_runs(mono: Samples, rate: float) -> NDArray[np.int64]:
+    """First and last sample of each run, shape (runs, 2)."""
+    hop = int(rate // 1000)
+    box = SMOOTHING * hop
+    if len(mono) < box:
+        return np.zeros((0, 2), np.int64)
+    total = np.cumsum(np.pad(np.square(mono, dtype=np.float64), (box // 2 + 1, box // 2 + hop)))
+    power = (total[box::hop] - total[:-box:hop]) / box
+    floor = min(
+        5 * np.percentile(power, 10), 0.1 * power.max()
+    )  # 7 dB over the noise, if there is any to see
+    padded = np.pad(power, (300, 399), mode="edge")  # 0.3 s each, and up to a whole block
+    blocks = padded[: len(padded) // 100 * 100].reshape(-1, 100).max(axis=1)
+    nearby = np.lib.stride_tricks.sliding_window_view(blocks, 7).max(axis=1).repeat(100)[: len(power)]
+    loud = power > np.maximum(floor, 0.1 * nearby)
+    edges = np.flatnonzero(np.diff(loud, prepend=False, append=False))
+    return (edges.reshape(-1, 2) * hop).clip(0, len(mono))
+
+
+def _tones(run: Samples, rate: float) -> str | None:
+    run = run[:FFT_SIZE]
+    taper = np.hanning(len(run) + 2)[1:-1]
+    spectrum = np.abs(np.fft.rfft(run * taper, FFT_SIZE))
+    low = spectrum[np.rint(LOW_TONES * FFT_SIZE / rate).astype(int)]
+    high = spectrum[np.rint(HIGH_TONES * FFT_SIZE / rate).astype(int)]
+    in_tones = 2 * (low.max() ** 2 + high.max() ** 2) / taper.sum() ** 2
+    in_all = np.square(run * taper).sum() / np.square(taper).sum()
+    return VOCABULARY[16 * int(low.argmax()) + int(high.argmax())] if in_tones > TONAL * in_all else None
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The Whisper endpoint
+#
+# An HTTP server that is as strict about requests as the real one, hears the words, and answers in any of the
+# shapes that real backends have. All it does can be changed while it runs; what it was asked stays in
+# `posts`.
+
+MAX_BODY = 26_214_400  # bytes
+MIN_SECONDS = 0.1
+PATHS = (
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/inference",
+    "/openai/deployments/{deployment}/audio/transcriptions",
+)
+MEDIA_TYPES = {  # of a posted file, by its extension
+    "wav": "audio/wav",
+    "ogg": "audio/ogg",
+    "mp3": "audio/mpeg",
+    "webm": "audio/webm",
+    "flac": "audio/flac",
+    "mp4": "audio/mp4",
+    "m4a": "audio/mp4",
+}
+FIELDS = {"model", "language", "languages[]", "prompt", "response_format", "temperature"}
+FIELDS |= {"timestamp_granularities[]", "without_timestamps"}
+GHOSTS = (" Thank you.", " Thanks for watching!", " you", " Bye.")
+
+WordShape = Literal["top", "segment", "token", "text", "none"]
+Fields = Mapping[str, Sequence[str]]  # of a form
+Timed = tuple[str, float, float]  # a word as written, its start and end
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Another answer than a transcription, a connection dropped before or cut in the answer, or a hang."""
+
+    status: int = 200
+    body: str = "{}"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    how: Literal["answer", "drop", "cut", "hang"] = "answer"
+
+
+class Refused(Exception):
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.body)
+        self.fault = fault
+
+
+def refusal(status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> Fault:
+    """An error in OpenAI's shape; `code` is also given as the parameter."""
+    error = {"message": message, "type": "invalid_request_error", "param": code or None, "code": code or None}
+    return Fault(status, json.dumps({"error": error}), headers or {})
+
+
+def too_many(seconds: float, style: Literal["seconds", "ms", "date", "none"] = "seconds") -> Fault:
+    """429, with the wait in one of three styles or without."""
+    headers = {
+        "seconds": {"Retry-After": str(math.ceil(seconds))},
+        "ms": {"retry-after-ms": str(math.ceil(1000 * seconds))},
+        "date": {"Retry-After": formatdate(math.ceil(time.time() + seconds), usegmt=True)},
+        "none": {},
+    }
+    return refusal(429, "Rate limit reached for requests", "rate_limit_exceeded", headers[style])
+
+
+NO_QUOTA = refusal(429, "You exceeded your current quota", "insufficient_quota")
+WRONG_KEY = refusal(401, "Incorrect API key provided", "invalid_api_key")
+BROKEN = refusal(500, "The server had an error while processing your request")
+BAD_GATEWAY = Fault(502, "<html><h1>502 Bad Gateway</h1></html>", {"Content-Type": "text/html"})
+DROP, CUT, HANG = Fault(how="drop"), Fault(how="cut"), Fault(how="hang")
+GARBAGE, NO_TEXT, NULL_TEXT = Fault(body='{"text": "b'), Fault(body="{}"), Fault(body='{"text": null}')
+
+
+@dataclass
+class Post:
+    """A request as the endpoint saw it; times are the event loop's."""
+
+    path: str
+    arrived: float
+    answered: float | None = None
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    extension: str = ""
+    seconds: float = 0.0
+    heard: list[Heard] = field(default_factory=list)
+    fault: Fault | None = None
+
+
+@dataclass
+class Endpoint:
+    """`async with Endpoint(delay=0.8, delay_per_second=0.05) as endpoint`: its base URL is `endpoint.url`.
+
+    Without `async with` there is no server, and `transcribe` still tells what it would answer.
+    """
+
+    delay: float = 0.0  # seconds
+    delay_per_second: float = 0.0  # seconds more for each second of audio
+    words: WordShape = (
+        "top"  # as OpenAI; per segment; per token as whisper.cpp; `words[].text` as LocalAI; none
+    )
+    time_error: float = 0.0  # seconds, standard deviation of the word times before they are put in order
+    verbose: bool = True  # False: refuses verbose_json and has nothing but text, as gpt-transcribe
+    probabilities: bool = True  # False: they are null, and the duration is a string
+    ghosts: bool = True  # says a phantom phrase where there is no word
+    key: str | None = None  # that the header must hold; anything will do if None
+    key_header: str = "Authorization"
+    per_minute: int | None = None  # requests; more get 429
+    script: list[Fault | None] = field(default_factory=list)  # one for each next request, None: as usual
+    fault: Callable[[Post], Fault | None] = lambda post: None  # asked when the script is over
+    posts: list[Post] = field(default_factory=list)
+    active: int = 0
+    peak: int = 0  # the most requests that were active at once
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def transcribed(self) -> list[Post]:
+        return [post for post in self.posts if post.answered is not None and not post.fault]
+
+    async def __aenter__(self) -> Self:
+        app = web.Application(client_max_size=MAX_BODY)
+        app.add_routes(
+            [*(web.post(path, self._serve) for path in PATHS), web.get("/v1/models", self._models)]
+        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    def transcribe(self, heard: Sequence[Heard], seconds: float, fields: Fields, seed: int) -> Message:
+        """The answer's JSON. For another seed the same words have other capitals, commas and times."""
+        rng = random.Random(seed)
+        spelled = _spelled(heard, rng)
+        segments = list(_sentences(_timed(spelled, heard, seconds, self.time_error, rng)))
+        if not segments and self.ghosts:
+            segments = [[(rng.choice(GHOSTS), 0.0, seconds)]]
+        between = "\n" if self.words == "token" else ""  # whisper.cpp breaks lines
+        text = between.join("".join(word for word, _, _ in words) for words in segments).strip()
+        if fields.get("response_format", ["json"])[0] != "verbose_json":
+            return {"text": text, "usage": {"type": "duration", "seconds": math.ceil(seconds)}}
+        asked = heard and "word" in fields.get("timestamp_granularities[]", ())
+        shape: WordShape = self.words if asked else "none"
+        answer = {"task": "transcribe", "language": "english", "duration": seconds, "text": text}
+        answer["segments"] = [self._segment(n, words, shape, bool(heard)) for n, words in enumerate(segments)]
+        if not self.probabilities:
+            answer["duration"] = str(seconds)
+        if shape in ("top", "text"):
+            name = "word" if shape == "top" else "text"
+            words = itertools.chain(*segments)
+            answer["words"] = [{name: text.strip(" .,"), "start": at, "end": end} for text, at, end in words]
+        return answer
+
+    def _segment(self, number: int, words: Sequence[Timed], shape: WordShape, speech: bool) -> Message:
+        text = "".join(word for word, _, _ in words)
+        segment: Message = {"id": number, "seek": 0, "start": words[0][1], "end": words[-1][2], "text": text}
+        sure = (0.02, -0.25) if speech else (0.93, -1.3)
+        no_speech_prob, avg_logprob = sure if self.probabilities else (None, None)
+        segment |= {"temperature": 0.0, "no_speech_prob": no_speech_prob, "avg_logprob": avg_logprob}
+        if shape in ("segment", "token"):
+            parts = words if shape == "segment" else itertools.chain(*map(_tokens, words))
+            segment["words"] = [{"word": text, "start": at, "end": end} for text, at, end in parts]
+        return segment
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        """What a client may ask to try its key."""
+        fault = Fault(body='{"data": []}') if self._knows(request) else WRONG_KEY
+        return await _misbehave(request, fault)
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        post = Post(request.path, _now())
+        self.posts.append(post)
+        seed = len(self.posts)
+        self.active += 1
+        self.peak = max(self.peak, self.active)
+        try:
+            await self._listen(request, post)
+            await asyncio.sleep(self.delay + self.delay_per_second * post.seconds)
+            answer = self.transcribe(post.heard, post.seconds, post.fields, seed)
+            response: web.StreamResponse = web.json_response(answer)
+        except Refused as refused:
+            post.fault = refused.fault
+            response = await _misbehave(request, refused.fault)
+        finally:
+            self.active -= 1
+        post.answered = _now()
+        return response
+
+    async def _listen(self, request: web.Request, post: Post) -> None:
+        """Reads, checks and hears a request; Refused if it is wrong, or fate will have it."""
+        try:
+            form = await request.post()
+        except web.HTTPRequestEntityTooLarge:
+            raise Refused(refusal(413, "Maximum content size limit exceeded")) from None
+        file = form.get("file")
+        post.fields = {name: [str(text) for text in form.getall(name)] for name in form if name != "file"}
+        if not self._knows(request):
+            raise Refused(WRONG_KEY)
+        if not isinstance(file, web.FileField):
+            raise Refused(refusal(400, "'file' is a required property", "file"))
+        post.extension = file.filename.rpartition(".")[2]
+        with file.file as content:
+            samples, rate = _opened(content.read(), post.extension, file.content_type)
+        post.seconds = len(samples) / rate
+        fault = self._over_limit() or (self.script.pop(0) if self.script else self.fault(post))
+        if fault := fault or self._wrong(post):
+            raise Refused(fault)
+        post.heard = hear(samples, rate)
+
+    def _knows(self, request: web.Request) -> bool:
+        return self.key in (None, request.headers.get(self.key_header, "").removeprefix("Bearer "))
+
+    def _over_limit(self) -> Fault | None:
+        if self.per_minute is None:
+            return None
+        limited = [post.arrived for post in self.posts[:-1] if not (post.fault and post.fault.status == 429)]
+        recent = [arrived for arrived in limited if arrived > _now() - 60]
+        return too_many(recent[-self.per_minute] + 60 - _now()) if len(recent) >= self.per_minute else None
+
+    def _wrong(self, post: Post) -> Fault | None:
+        kind = post.fields.get("response_format", ["json"])[0]
+        granularities = set(post.fields.get("timestamp_granularities[]", ()))
+        if unknown := set(post.fields) - FIELDS:
+            return refusal(400, f"Unknown parameter: {unknown}", "unknown_parameter")
+        if post.path.startswith("/v1/") and not post.fields.get("model", [""])[0]:
+            return refusal(400, "you must provide a model parameter", "model")
+        if kind not in ("json", "verbose_json")[: 1 + self.verbose]:
+            return refusal(400, f"response_format '{kind}' is not compatible with it", "response_format")
+        if granularities - {"word", "segment"} or (granularities and kind == "json"):
+            return refusal(400, "timestamp_granularities[] needs verbose_json", "timestamp_granularities")
+        if not all(re.fullmatch("[a-z]{2}|auto", language) for language in post.fields.get("language", ())):
+            return refusal(400, "Language parameter must be in ISO-639-1 format", "language")
+        if post.seconds < MIN_SECONDS:
+            return refusal(400, "Audio file is too short, the minimum is 0.1 seconds", "audio_too_short")
+        return None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _spelled(heard: Sequence[Heard], rng: random.Random) -> list[str]:
+    """The words as Whisper writes them: a space in front, capitals after full stops, stops at pauses."""
+    spelled: list[str] = []
+    for word, after in itertools.zip_longest(heard, heard[1:]):
+        text = word.text.capitalize() if not spelled or spelled[-1].endswith(".") else word.text
+        pause = after.start - word.end if after else 1.0
+        stops = (".", "") if pause > 0.4 else (",", "") if pause > 0.15 else ("",)
+        spelled.append(f" {text}{rng.choice(stops)}")
+    return spelled
+
+
+def _timed(
+    spelled: Sequence[str], heard: Sequence[Heard], seconds: float, error: float, rng: random.Random
+) -> Iterator[Timed]:
+    """Each word shifted by a normal error, yet in order and inside the window, as Whisper's times are."""
+    starts = sorted(min(max(0.0, word.start + rng.gauss(0, error)), seconds) for word in heard)
+    for text, word, start in zip(spelled, heard, starts, strict=True):
+        yield text, round(start, 2), round(min(start + word.end - word.start, seconds), 2)
+
+
+def _sentences(words: Iterable[Timed]) -> Iterator[list[Timed]]:
+    sentence: list[Timed] = []
+    for word in words:
+        sentence.append(word)
+        if word[0].endswith("."):
+            yield sentence
+            sentence = []
+    if sentence:
+        yield sentence
+
+
+def _tokens(word: Timed) -> Iterator[Timed]:
+    """Syllables and punctuation, each with its share of the time."""
+    text, start, end = word
+    parts = re.findall(r" ?\w{2}|\w|[.,]", text)
+    for n, part in enumerate(parts):
+        yield part, start + (end - start) * n / len(parts), start + (end - start) * (n + 1) / len(parts)
+
+
+def _opened(content: bytes, extension: str, media_type: str) -> tuple[Samples, int]:
+    """Samples and rate of a posted file that is what its name and type say."""
+    if MEDIA_TYPES.get(extension) != media_type:
+        raise Refused(refusal(400, f"Invalid file format: .{extension} as {media_type}", "file"))
+    try:
+        samples, rate, names = (*_strict_wav(content), "wav") if extension == "wav" else decode(content)
+    except (av.FFmpegError, IndexError, struct.error, ValueError) as error:
+        raise Refused(refusal(400, f"Audio file might be corrupted: {error}", "file")) from None
+    if extension not in names:
+        raise Refused(refusal(400, f"Invalid file format: .{extension} holds {names}", "file"))
+    return samples, rate
+
+
+def _strict_wav(content: bytes) -> tuple[Samples, int]:
+    """PCM16 behind the canonical 44 bytes, every number of them right; anything else is a ValueError."""
+    fields = struct.unpack_from("<4sI4s4sIHHIIHH4sI", content)
+    channels, rate, size = fields[6], fields[7], len(content) - 44
+    frame = 2 * channels
+    names, numbers = (fields[0], *fields[2:4], fields[11]), (fields[1], *fields[4:11], fields[12])
+    right = (size + 36, 16, 1, channels, rate, rate * frame, frame, 16, size)
+    if names != (b"RIFF", b"WAVE", b"fmt ", b"data") or numbers != right or not frame or size % frame:
+        raise ValueError(f"not a correct PCM16 WAV of {len(content)} bytes: {fields}")
+    samples: NDArray[np.int16] = np.frombuffer(content, "<i2", offset=44)
+    return samples.reshape(-1, channels).astype(np.float32) / np.float32(32768), rate
+
+
+async def _misbehave(request: web.Request, fault: Fault) -> web.StreamResponse:
+    if fault.how == "hang":
+        await asyncio.sleep(3600)
+    if fault.how == "answer":
+        headers = {"Content-Type": "application/json", **fault.headers}
+        return web.Response(status=fault.status, body=fault.body.encode(), headers=headers)
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+    if fault.how == "cut":
+        await response.prepare(request)
+        await response.write(b'{"text": "ba')
+        await asyncio.sleep(0.01)  # until it is on its way
+    if request.transport:
+        request.transport.abort()
+    return response
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Servers: scribe in a process of its own, S3, and a bad network
+
+SCRIPT = Path(__file__).with_name("scribe.py")
+START_SECONDS = 20.0  # a loaded machine may take long
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@dataclass
+class Scribe:
+    """`async with Scribe(env) as scribe`: a server process, with nothing of this one's settings."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    port: int = field(default_factory=free_port)
+    lines: list[str] = field(default_factory=list)  # of its log
+
+    @property
+    def uri(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop(signal.SIGKILL)
+
+    async def start(self) -> None:
+        """Starts it (again), on the same port and spool, and waits until it is healthy."""
+        foreign = ("OPENAI_", "AWS_", "S3_", "SCRIBE_", "SPOOL_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *(str(SCRIPT), "--host", "127.0.0.1", "--port", str(self.port), *self.flags),
+            env={**inherited, "OPENAI_API_KEY": "test", "PYTHONUNBUFFERED": "1", **self.env},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        self._log = asyncio.create_task(self._read_log())
+        async with asyncio.timeout(START_SECONDS):
+            while await self.get("/healthz") != 200:
+                assert self._process.returncode is None, "\n".join(self.lines)
+                await asyncio.sleep(0.05)
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal, waits for the end, and returns the exit code (-9 after SIGKILL)."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+        code = await self._process.wait()
+        await self._log
+        return code
+
+    async def get(self, path: str) -> int:
+        """The status of one of its pages; 0 if there is no answer."""
+        with contextlib.suppress(OSError, ClientError):
+            async with ClientSession() as http, http.get(f"http://127.0.0.1:{self.port}{path}") as response:
+                return response.status
+        return 0
+
+    async def _read_log(self) -> None:
+        assert self._process.stdout
+        async for line in self._process.stdout:
+            self.lines.append(line.decode().rstrip())
+
+
+class Moto:
+    """`with Moto() as s3`: an empty bucket, what scribe must have in its environment, and what is stored."""
+
+    bucket = "recordings"
+
+    def __enter__(self) -> Self:
+        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        self._server.start()
+        self.port = int(self._server.get_host_and_port()[1])
+        url, region = f"http://127.0.0.1:{self.port}", "us-east-1"
+        self.env = {"S3_BUCKET": self.bucket, "AWS_ENDPOINT_URL_S3": url, "AWS_DEFAULT_REGION": region}
+        self.env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        session = boto3.Session("test", "test", region_name=region)
+        self.client: Any = session.client("s3", endpoint_url=url)
+        self.client.create_bucket(Bucket=self.bucket)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.objects():
+            self.client.delete_object(Bucket=self.bucket, Key=name)
+        self._server.stop()
+
+    def objects(self) -> dict[str, bytes]:
+        """Everything in the bucket, by key."""
+        keys = [item["Key"] for item in self.client.list_objects_v2(Bucket=self.bucket).get("Contents", ())]
+        return {key: self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read() for key in keys}
+
+
+@dataclass
+class Proxy:
+    """`async with Proxy(port) as proxy`: a bad TCP network, in front of a server that may move."""
+
+    target: int
+    cuts: list[int] = field(default_factory=list)  # bytes that each next connection may send
+    refusing: bool = False
+    flowing: asyncio.Event = field(default_factory=asyncio.Event)  # cleared, nothing passes
+    connections: int = 0
+    port: int = 0
+
+    async def __aenter__(self) -> Self:
+        self.flowing.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._tasks.add(task)
+        self.connections += 1
+        writers = [writer]
+        try:
+            if self.refusing:
+                return
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            writers.append(far_writer)
+            limit = self.cuts.pop(0) if self.cuts else sys.maxsize
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass(reader, far_writer, limit))
+                group.create_task(self._pass(far_reader, writer, sys.maxsize))
+        except (OSError, ExceptionGroup):
+            pass  # one side is gone, or the limit is reached: so both go
+        finally:
+            self._tasks.discard(task)
+            for each in writers:
+                each.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int) -> None:
+        while data := await reader.read(65536):
+            await self.flowing.wait()
+            writer.write(data[:limit])
+            await writer.drain()
+            limit -= len(data)
+            if limit <= 0:
+                raise ConnectionResetError("cut")
+        writer.write_eof()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The WebSocket client and what it checks
+
+FIRST_SEQUENCE = 1
+ROUNDING = 0.011  # seconds: times on the wire are rounded
+LINGER = 0.5  # seconds that the client listens on after `complete`
+Step = int | float | str  # of a conversation: bytes to send, seconds to wait, a text message to send
+
+
+@dataclass
+class Result:
+    """All that a session's client was told, over however many connections; times are the event loop's."""
+
+    messages: list[Message] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of the messages
+    sent: list[tuple[float, int]] = field(default_factory=list)  # time, and bytes of the stream sent by then
+    codes: list[int | None] = field(default_factory=list)  # with which each connection was closed
+    failures: list[Exception] = field(default_factory=list)
+
+    def hear(self, text: str | bytes) -> Message:
+        message: Message = json.loads(text)
+        self.messages.append(message)
+        self.times.append(_now())
+        return message
+
+    def of(self, kind: str) -> list[Message]:
+        return [message for message in self.messages if message["type"] == kind]
+
+    @property
+    def finals(self) -> list[Message]:
+        return self.of("transcription")
+
+    @property
+    def gaps(self) -> list[Message]:
+        return [message for message in self.of("error") if message["code"] == "gap"]
+
+    @property
+    def complete(self) -> Message | None:
+        return next((message for message in self.of("status") if message["status"] == "complete"), None)
+
+    @property
+    def words(self) -> list[str]:
+        """Of the finals in order of time, so that a late one is in its place."""
+        return words_of(" ".join(final["text"] for final in sorted(self.finals, key=_start)))
+
+    def resuming(self, uri: str) -> str:
+        """The URI to go on with: the session's, if there is one."""
+        if not (greetings := self.of("status")):
+            return uri
+        after = {"after": self.finals[-1]["sequence"]} if self.finals else {}
+        return with_options(uri, session=greetings[0]["session"], **after)
+
+
+def _start(message: Message) -> float:
+    return float(message["start"])
+
+
+def with_options(uri: str, **options: object) -> str:
+    """The URI with further query parameters; True becomes "true"."""
+    texts = {name: str(option).lower() if option is True else option for name, option in options.items()}
+    return f"{uri}{'&' if '?' in uri else '?'}{urlencode(texts)}"
+
+
+async def talk(
+    uri: str,
+    audio: bytes,
+    steps: Iterable[Step] = (),
+    *,
+    bytes_per_second: float = math.inf,
+    ending: str | None = "END",
+    patience: float = 0.0,
+    headers: Mapping[str, str] | None = None,
+) -> Result:
+    """Streams the audio and reads to the end, as the simplest client does.
+
+    `steps`, endless or not, come first, the rest of the audio follows in chunks of 4096 bytes, then the text
+    `ending`, or the connection is closed. With `bytes_per_second` nothing is sent before it was spoken. With
+    `patience` a lost connection is taken up again, unless so many seconds pass without a message.
+    """
+    result, plan, began = Result(), iter(steps), _now()
+    while True:
+        options = {"additional_headers": headers, "compression": None, "max_size": None, "proxy": None}
+        try:
+            async with connect(result.resuming(uri), **cast(Any, options)) as connection:
+                speaker = _Speaker(connection, result, audio, plan, bytes_per_second, ending)
+                await _listen(connection, result, speaker)
+        except (OSError, WebSocketException) as error:
+            result.failures.append(error)
+            if not patience and not isinstance(error, ConnectionClosed):
+                raise
+        if result.complete or not patience:
+            return result
+        if _now() > patience + max([began, *result.times[-1:]]):
+            raise TimeoutError(f"not complete: {result.messages[-3:]}, {result.failures[-3:]}")
+        await asyncio.sleep(0.2)
+
+
+async def _listen(connection: ClientConnection, result: Result, speaker: _Speaker) -> None:
+    """Reads to the end; the speaker begins with the first message, at the byte that it names."""
+    speaking: asyncio.Task[None] | None = None
+    try:
+        async for text in connection:
+            message = result.hear(text)
+            if not speaking and "received" in message:
+                speaking = asyncio.create_task(speaker.speak(message["received"]))
+            if message is result.complete:
+                break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                async for text in connection:
+                    result.hear(text)  # there should be no more
+    finally:
+        if speaking:
+            speaking.cancel()
+            await asyncio.wait([speaking])
+        await connection.close()
+        result.codes.append(connection.close_code)
+
+
+@dataclass
+class _Speaker:
+    """The half of the client that sends."""
+
+    connection: ClientConnection
+    result: Result
+    audio: bytes
+    plan: Iterator[Step]
+    bytes_per_second: float
+    ending: str | None
+
+    async def speak(self, position: int) -> None:
+        with contextlib.suppress(ConnectionClosed):  # the listener hears of it too
+            began = _now() - position / self.bytes_per_second
+            for step in self.plan:
+                if isinstance(step, float):
+                    began += step
+                    await asyncio.sleep(step)
+                elif isinstance(step, str):
+                    await self.connection.send(step)
+                elif position < len(self.audio):
+                    position = await self._send(position, step, began)
+                else:
+                    break  # the steps may go on for ever
+            while position < len(self.audio):
+                position = await self._send(position, 4096, began)
+            await (self.connection.send(self.ending) if self.ending else self.connection.close())
+
+    async def _send(self, position: int, size: int, began: float) -> int:
+        """Sends the next bytes when they have been spoken; the position after them."""
+        chunk = self.audio[position : position + size]
+        position += len(chunk)
+        await asyncio.sleep(began + position / self.bytes_per_second - _now())
+        await self.connection.send(chunk)
+        self.result.sent.append((_now(), position))
+        return position
+
+
+def assert_protocol(messages: Sequence[Message], *, interim: bool = False, words: bool = False) -> None:
+    """Holds messages against the protocol: finals numbered, in order, disjoint; `complete` last."""
+    assert messages and messages[0]["type"] == "status" and messages[0]["status"] in ("ready", "resumed")
+    assert {m["type"] for m in messages} <= {"status", "transcription", "error", *["interim"] * interim}
+    finals = [message for message in messages if message["type"] == "transcription"]
+    assert [final["sequence"] - FIRST_SEQUENCE for final in finals] == list(range(len(finals)))
+    for earlier, later in itertools.pairwise(sorted(finals, key=_start)):
+        assert earlier["end"] <= later["start"] + 1e-9, f"overlap: {earlier} {later}"
+    end = received = 0.0
+    gaps: list[Message] = []
+    for message in messages:
+        if message["type"] == "error":
+            assert message["code"] and message["message"] and isinstance(message["fatal"], bool), message
+            gaps += [message] * (message["code"] == "gap")
+        if message["type"] == "interim":
+            assert message["text"].strip() and message["start"] >= end - ROUNDING, f"not new: {message}"
+        if message["type"] == "transcription":
+            _assert_final(message, end, received, gaps, words)
+            end, received = max(end, message["end"]), max(received, message["received"])
+    for complete in messages:
+        if complete.get("status") == "complete":
+            assert complete is messages[-1], "complete is the last message"
+            _assert_complete(complete, sorted(finals, key=_start))
+
+
+def _assert_final(final: Message, end: float, received: float, gaps: Sequence[Message], words: bool) -> None:
+    assert final["text"].strip() and 0 <= final["start"] <= final["end"], final
+    if final.get("late"):
+        gap = max((gap for gap in gaps if gap["start"] <= final["start"] + ROUNDING), key=_start)
+        assert final["end"] <= gap["end"] + ROUNDING, f"late, but in no gap: {final}"
+    else:
+        assert final["start"] >= end - 1e-9 and final["received"] >= received, f"out of order: {final}"
+    assert words or "words" not in final, "words were not asked for"
+    if not final.get("words"):
+        return
+    times = [
+        final["start"],
+        *itertools.chain(*((w["start"], w["end"]) for w in final["words"])),
+        final["end"],
+    ]
+    assert all(earlier <= later + ROUNDING for earlier, later in itertools.pairwise(times)), final
+    assert words_of(" ".join(word["word"] for word in final["words"])) == words_of(final["text"]), final
+
+
+def _assert_complete(complete: Message, finals: Sequence[Message]) -> None:
+    assert complete["full_transcription"].split() == " ".join(final["text"] for final in finals).split()
+    assert all(final["end"] <= complete["duration"] + ROUNDING for final in finals), complete
+    usage = complete["usage"]
+    assert usage["posted_seconds"] <= usage["billed_seconds"] + ROUNDING, usage
+    factor = usage["posted_seconds"] / max(usage["audio_seconds"], 0.1)
+    assert abs(usage["factor"] - factor) <= 0.01 or usage["audio_seconds"] < 1, usage
+
+
+class Damage(NamedTuple):
+    """Words that are missing, there twice or never spoken, and cut to pieces."""
+
+    lost: list[str]
+    doubled: list[str]
+    broken: list[str]
+
+    @property
+    def words(self) -> int:
+        return sum(map(len, self))
+
+
+def compare(spoken: Sequence[str], transcript: Sequence[str]) -> Damage:
+    """Aligns two lists of words. A word of which only pieces came out is broken, and not lost as well."""
+    damage = Damage([], [], [])
+    matcher = difflib.SequenceMatcher(None, spoken, transcript, autojunk=False)
+    for operation, first, last, start, end in matcher.get_opcodes():
+        if operation == "equal":
+            continue
+        pieces = {word: word.partition("q")[0] for word in transcript[start:end] if word not in DURATIONS}
+        broken = [whole for whole in dict.fromkeys(pieces.values()) if whole in DURATIONS]
+        missing = collections.Counter(spoken[first:last]) - collections.Counter(broken)
+        damage.broken.extend(broken)
+        damage.lost.extend(missing.elements())
+        damage.doubled.extend(word for word in transcript[start:end] if pieces.get(word) not in DURATIONS)
+    return damage
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The virtual clock
+#
+# An event loop whose time stands still while there is anything to do, and otherwise jumps to the next timer.
+# Sockets are real, so both ends must live in the one loop, or in threads of its executor: while one of those
+# works, time stands still too. The kernel may take a moment to bring a packet round the loopback, so before a
+# jump the loop looks again, the longer the further it would jump.
+
+LOOK = 50e-6  # seconds of real time to look for packets before a jump
+LONG_JUMP, LONG_LOOK = 1.0, 0.005  # seconds of virtual and of real time
+STUCK = 30.0  # seconds of real time without anything to do after which a test is wrong
+
+
+class VirtualSelector(selectors.DefaultSelector):
+    """A selector that does not wait for a time-out, and keeps the virtual time in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.held = 0  # by so many threads
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        if self.held or timeout is None:
+            if ready := super().select(STUCK):
+                return ready
+            raise RuntimeError(f"nothing happens any more; {self.held} threads are at work")
+        if timeout < LONG_JUMP:
+            time.sleep(LOOK)  # epoll cannot wait for less than a millisecond
+        ready = super().select(0 if timeout < LONG_JUMP else LONG_LOOK)
+        self.now += 0 if ready else timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop with a virtual `time()`, for `asyncio.Runner(loop_factory=VirtualLoop)`."""
+
+    def __init__(self) -> None:
+        self._clock = VirtualSelector()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._release)
+        self._clock.held += 1
+        return future
+
+    def _release(self, _: object) -> None:
+        self._clock.held -= 1
+
+    async def shutdown_default_executor(self, *_: Any) -> None:
+        with self.standstill():
+            await super().shutdown_default_executor()
+
+    @contextlib.contextmanager
+    def standstill(self) -> Iterator[None]:
+        """Time stands still while something outside of the loop works for it."""
+        self._clock.held += 1
+        try:
+            yield
+        finally:
+            self._clock.held -= 1
+
+
+def virtually(main: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Workloads of the benchmark
+#
+# Ten minutes with the statistics of real speech: words a minute, and quiet runs a minute by their length, as
+# measured on recordings. A part of the short runs are consonants inside words. Words are drawn shorter or
+# longer, to fit.
+
+QUIET = (0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)  # seconds: a run is at least so long
+MEASURED = {  # words a minute, then quiet runs a minute that are at least so long
+    "lecture": (187, (74, 40, 26, 20, 10, 1.4, 0)),
+    "non-stop": (187, (74, 40, 26, 0, 0, 0, 0)),
+    "call": (140, (93, 58, 41, 26, 18, 12, 0)),
+}
+INSIDE = 0.6  # share of the runs below 100 ms that are inside a word
+JOINT = (0.025, 0.055)  # seconds between words that run on
+TURN = (2.0, 10.0)  # seconds that each side of a call talks while the other is silent
+SNR_DB = 20
+
+
+def workload(kind: str, minutes: float = 10, rate: int = 16000, seed: int = 0) -> Speech:
+    """Synthetic speech like a lecture, a lecture without any pause of 200 ms, or one side of a call."""
+    rng = np.random.default_rng(seed)
+    per_minute, at_least = MEASURED[kind]
+    runs = -np.diff([*at_least, 0])  # per minute, by length
+    consonants = INSIDE * runs[0]
+    lengths = [*((low, high - 2 * EDGE) for low, high in itertools.pairwise([*QUIET, 1.0])), JOINT]
+    between = np.array([runs[0] - consonants, *runs[1:], 0])
+    between[-1] = per_minute - between.sum()
+    spoken = (60 - between @ np.mean(lengths, axis=1)) / per_minute  # seconds per word
+    chances = _drawn_to(spoken)
+    long_words = per_minute * chances[np.array(list(DURATIONS.values())) > DIP_FROM].sum()
+    script: list[str | float] = [0.5]
+    now = turn = 0.0
+    while now < 60 * minutes:
+        word = VOCABULARY[rng.choice(256, p=chances)]
+        pause = rng.uniform(*lengths[rng.choice(len(lengths), p=between / per_minute)])
+        turn -= DURATIONS[word] + pause
+        if kind == "call" and turn < 0:
+            pause, turn = rng.uniform(*TURN), rng.uniform(*TURN)
+        script += word, pause
+        now += DURATIONS[word] + pause
+    return speak(script, rate, level_db=-20, noise_db=-20 - SNR_DB, dips=consonants / long_words, seed=seed)
+
+
+def _drawn_to(mean: float) -> NDArray[np.float64]:
+    """Chances of the words, tilted so that their durations have this mean."""
+    durations = np.array(list(DURATIONS.values()))
+    tilts = np.exp(np.linspace(-60, 60, 2401)[:, None] * (durations - durations.mean()))
+    tilts /= tilts.sum(axis=1, keepdims=True)
+    return np.asarray(tilts[np.abs(tilts @ durations - mean).argmin()])
+
+
+settings.register_profile("scribe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("scribe")
+
+# -----------------------------------------------------------------------------------------------------------
+# Formats: the same frames however the stream is cut up, and files that hold exactly its samples
+
+ENCODINGS = tuple(WIDTHS)
+RATES = (8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000)
+
+
+def pcm16(data: bytes, encoding: Encoding) -> NDArray[np.int64]:
+    """What the samples are as PCM16, by numpy."""
+    if encoding == "u8":
+        return (np.frombuffer(data, np.uint8).astype(np.int64) - 128) << 8
+    if encoding == "alaw" or encoding == "mulaw":
+        values = _alaw_values() if encoding == "alaw" else _mulaw_values()
+        return np.asarray(values[np.frombuffer(data, np.uint8)])
+    if encoding == "f32" or encoding == "f64":
+        wide = np.nan_to_num(
+            np.frombuffer(data, f"<f{WIDTHS[encoding]}").astype(np.float64), nan=0, posinf=1, neginf=-1
+        )
+        return np.rint(np.clip(wide, -1, 1) * 32767).astype(np.int64)
+    width = WIDTHS[encoding]
+    parts = np.frombuffer(data, np.uint8).reshape(-1, width)[:, -2:]
+    return parts.copy().view("<i2").astype(np.int64).ravel()
+
+
+def stream_of(name: str, rate: int = 0, channels: int = 0) -> scribe.Stream:
+    return scribe.Stream(name, rate, channels, 1 << 20)
+
+
+def frames_of(stream: scribe.Stream, data: bytes, cuts: Iterable[int]) -> list[scribe.Frame]:
+    places = [0, *sorted(cuts), len(data)]
+    frames = [frame for a, b in itertools.pairwise(places) for frame in stream.feed(data[a:b])]
+    return frames + stream.end()
+
+
+@st.composite
+def cut(draw: st.DrawFn, data: bytes) -> list[int]:
+    """Places to cut a stream at: anywhere, at every byte of its head, or nowhere."""
+    anywhere = st.lists(st.integers(0, len(data)), max_size=20)
+    return draw(st.one_of(anywhere, st.just(list(range(min(len(data), 200)))), st.just([])))
+
+
+def noise(count: int, channels: int, seed: int) -> Samples:
+    return np.random.default_rng(seed).uniform(-1.1, 1.1, count * channels).astype(np.float32)
+
+
+@given(st.data(), st.sampled_from(ENCODINGS), st.sampled_from(RATES), st.integers(1, 8), st.booleans())
+def test_every_wav_gives_the_same_frames_in_any_pieces(
+    data: st.DataObject, encoding: Encoding, rate: int, channels: int, extensible: bool
+) -> None:
+    count = data.draw(st.integers(0, rate // 5))
+    block = WIDTHS[encoding] * channels
+    body = raw(noise(count, channels, count), encoding)
+    claims = {"right": None, "live": LIVE, "zero": 0, "near 2 GB": 0x7FFFFFFF, "large": len(body) + 5000}
+    claim = data.draw(st.sampled_from([*claims, "small"]))
+    size = len(body) // 2 if claim == "small" else claims[claim]
+    assume(claim != "small" or len(body) - (size or 0) > 16 + 2 * block)
+    before = data.draw(st.sampled_from([b"", chunk(b"LIST", b"INFOx"), chunk(b"fact", bytes(4))]))
+    after = data.draw(st.sampled_from([b"", chunk(b"LIST", bytes(50))])) if claim == "right" else b""
+    head = wav(np.zeros(0, np.float32), rate, encoding, channels, extensible=extensible, before=before)[:-8]
+    head += b"data" + struct.pack("<I", len(body) if size is None else size)
+    torn = data.draw(st.integers(0, block - 1)) if claim != "right" else 0
+    file = head + body + bytes(torn) + (bytes(len(body) % 2) if after else b"") + after
+
+    stream = stream_of("auto")
+    frames = frames_of(stream, file, data.draw(cut(file)))
+    assert stream.format.error is None
+    assert frames == frames_of(stream_of("auto"), file, [])
+    assert sum(frame.seconds for frame in frames) == pytest.approx(count / rate)
+    assert all(frame.offset + frame.size == after.offset for frame, after in itertools.pairwise(frames))
+    assert not frames or frames[0].offset == len(head)
+    assert all(frame.seconds <= 0.021 for frame in frames)
+
+    posted = stream.format.file([file[f.offset : f.offset + f.size] for f in frames], 0)
+    fields = struct.unpack_from("<4sI4s4sIHHIIHH4sI", posted)
+    assert (fields[6], fields[7], fields[10], fields[12]) == (channels, rate, 16, len(posted) - 44)
+    samples = np.frombuffer(posted, "<i2", offset=44)
+    expected = pcm16(body, encoding)
+    assert np.array_equal(samples[: len(expected)], expected)
+    assert not samples[len(expected) :].any()
+    assert len(samples) == max(count, rate) * channels, "padded to a second"
+
+
+@given(st.data(), st.sampled_from(sorted(RAW)), st.sampled_from(RATES), st.integers(1, 8))
+def test_raw_audio_gives_the_same_frames_in_any_pieces(
+    data: st.DataObject, name: str, rate: int, channels: int
+) -> None:
+    body = raw(noise(data.draw(st.integers(0, rate // 20)), channels, 1), RAW[name])
+    torn = body + bytes(data.draw(st.integers(0, WIDTHS[RAW[name]] * channels - 1)))
+    frames = frames_of(stream_of(name, rate, channels), torn, data.draw(cut(torn)))
+    assert frames == frames_of(stream_of(name, rate, channels), torn, [])
+    assert sum(frame.size for frame in frames) == len(body)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("rate", [8000, 44100])
+@pytest.mark.parametrize("loud_channel", range(4))
+def test_a_level_is_the_loudness_whichever_channel_speaks(
+    encoding: Encoding, rate: int, loud_channel: int
+) -> None:
+    hiss = np.zeros((rate, 4), np.float32)
+    hiss[rate // 2 :, loud_channel] = np.random.default_rng(1).normal(0, 0.2, rate // 2)
+    file = wav(hiss.ravel(), rate, encoding)
+    file = file[:22] + struct.pack("<HI", 4, rate) + file[28:]
+    levels = np.array([frame.level for frame in stream_of("auto").feed(file)])
+    assert levels[2:24].max() < -70
+    mean = 10 * np.log10(np.mean(10 ** (levels[26:49] / 10)))
+    assert mean == pytest.approx(20 * math.log10(0.2) - 6, abs=1)  # in one of four channels
+
+
+@given(
+    st.sampled_from(sorted(scribe.ENCODINGS)),
+    st.integers(8000, 192000),
+    st.integers(1, 8),
+    st.one_of(st.integers(0, 1 << 20), st.integers(2**32 - 300, 2**34)),
+)
+def test_a_header_of_any_size_is_read_back(name: str, rate: int, channels: int, count: int) -> None:
+    encoding = scribe.ENCODINGS[name]
+    size = count - count % (encoding.size * channels)
+    header = scribe.wav_header(encoding, rate, channels, size)
+    riff, whole, _ = struct.unpack_from("<4sI4s", header)
+    assert header[-8:-4] == b"data"
+    if riff == b"RIFF":
+        assert size + len(header) - 8 <= 0xFFFFFFFF
+        assert (riff, whole) == (b"RIFF", len(header) - 8 + size)
+        assert struct.unpack_from("<I", header, len(header) - 4) == (size,)
+    else:
+        assert (riff, whole, header[-4:], header[12:16]) == (b"RF64", 2**32 - 1, b"\xff" * 4, b"ds64")
+        assert struct.unpack_from("<QQQ", header, 20) == (
+            len(header) - 8 + size,
+            size,
+            size // (encoding.size * channels),
+        )
+    reader = scribe.Wav()
+    reader.feed(header + bytes(reader.block))
+    assert reader.error is None
+    assert (reader.rate, reader.channels, reader.encoding) == (rate, channels, encoding)
+
+
+@given(st.binary(max_size=300), st.booleans(), st.data())
+def test_any_bytes_give_frames_or_an_error_that_says_what_to_do(
+    junk: bytes, wave: bool, data: st.DataObject
+) -> None:
+    head = wav(np.zeros(0, np.float32), 16000)
+    junk = head[: data.draw(st.integers(0, 44))] + junk if wave else junk
+    stream = stream_of("auto")
+    frames = frames_of(stream, junk, data.draw(cut(junk)))
+    assert frames == frames_of(stream_of("auto"), junk, [])
+    told = stream.format.error or stream.format.warnings
+    assert frames or told or len(junk) in (0, 44, 45), "silence needs a reason"
+    assert all(0 <= frame.offset <= frame.offset + frame.size <= len(junk) for frame in frames)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Segmenter: windows are disjoint and in order, hold all speech and no silence
+
+FRAME = scribe.FRAME_SECONDS
+LOUD, SILENT = -15.0, -80.0  # dBFS: speech and not, wherever the noise floor is
+RUNS = st.lists(
+    st.tuples(st.sampled_from([LOUD, math.nan, SILENT]), st.integers(1, 400)), min_size=1, max_size=12
+)
+
+
+def levels_of(runs: Iterable[tuple[float, int]]) -> list[scribe.Frame]:
+    """Frames of 20 ms, from levels and how many frames each holds."""
+    levels = [level for level, count in runs for _ in range(count)]
+    return [scribe.Frame(640 * n, 640, FRAME, level) for n, level in enumerate(levels)]
+
+
+def windows_of(frames: Sequence[scribe.Frame], cuts: Iterable[int] = ()) -> list[scribe.Window]:
+    segmenter = scribe.Segmenter()
+    places = [0, *sorted(cuts), len(frames)]
+    windows = [w for a, b in itertools.pairwise(places) for w in segmenter.feed(frames[a:b])]
+    return windows + segmenter.flush()
+
+
+@given(RUNS)
+def test_windows_hold_all_speech_once_and_no_silence(runs: list[tuple[float, int]]) -> None:
+    frames = levels_of(runs)
+    windows = windows_of(frames)
+    end, clean = 0.0, True
+    for window in windows:
+        assert end - 1e-6 <= window.start <= window.first <= window.last <= window.end + 1e-6
+        assert window.end - window.start <= scribe.LIMIT_SECONDS + FRAME
+        assert window.speech >= scribe.MIN_SPEECH_SECONDS or not clean, "silence is not posted"
+        end, clean = window.end, window.clean
+    assert end <= len(frames) * FRAME + 1e-6
+    now = 0.0
+    for level, count in runs:
+        start, now = now, now + count * FRAME
+        held = sum(max(0.0, min(now, w.end) - max(start, w.start)) for w in windows)
+        if level != SILENT and now - start >= scribe.MIN_SPEECH_SECONDS + FRAME:
+            assert held == pytest.approx(now - start, abs=1e-6), f"speech at {start:.2f} is in no window"
+
+
+@given(RUNS, st.lists(st.integers(0, 1000)))
+def test_windows_do_not_depend_on_how_the_frames_arrive(
+    runs: list[tuple[float, int]], cuts: list[int]
+) -> None:
+    def told(window: scribe.Window) -> tuple[object, ...]:
+        frames = window.frames.between(window.start, window.end)
+        return *dataclasses.astuple(window)[:-1], frames.offsets, frames.sizes
+
+    frames = levels_of(runs)
+    cuts = [place for place in cuts if place < len(frames)]
+    assert list(map(told, windows_of(frames, cuts))) == list(map(told, windows_of(frames)))
+
+
+@pytest.mark.parametrize("speech", [0.8, 1.5, 2.0, 3.0, 4.0, 8.0])
+def test_a_pause_ends_a_window_sooner_the_longer_it_is(speech: float) -> None:
+    needed = scribe.required_pause(speech)
+    for pause, ends in ((needed - 2 * FRAME, False), (needed + 2 * FRAME, True)):
+        runs = [(SILENT, 50), (LOUD, round(speech / FRAME)), (SILENT, round(pause / FRAME))]
+        assert bool(scribe.Segmenter().feed(levels_of(runs))) is ends, pause
+
+
+def test_speech_without_a_pause_is_cut_at_its_quietest_place() -> None:
+    runs = [(LOUD, 600), (-21.0, 4), (LOUD, 600)]  # 0.08 s, too short for a pause, at 12 s
+    first, second = windows_of(levels_of(runs))[:2]
+    assert first.end == pytest.approx(12.04, abs=0.1)
+    assert not first.clean
+    assert second.start == first.end
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Hypotheses: whatever the endpoint answers, words or nothing
+
+WINDOW = scribe.Window(10.0, 14.0, 10.5, 13.5, 2.5, True, scribe.Frames())
+NUMBERS = st.one_of(st.integers(), st.floats(), st.just(10**400))
+JUNK = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(["...", "♪", "\ud83d", "ß"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+TEXTS = st.text(max_size=20) | st.sampled_from(["...", " ♪♪", "\ud83d", "a b c", " it's", "ﬁx", "İ"])
+
+
+def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional={name: JUNK | field for name, field in fields.items()})
+
+
+ENTRIES = st.lists(JUNK | optional(word=TEXTS, text=TEXTS, start=NUMBERS, end=NUMBERS), max_size=5)
+SEGMENTS = optional(
+    text=TEXTS, words=ENTRIES, start=NUMBERS, end=NUMBERS, no_speech_prob=NUMBERS, avg_logprob=NUMBERS
+)
+
+
+@given(optional(text=TEXTS, words=ENTRIES, segments=st.lists(SEGMENTS, max_size=3), duration=JUNK))
+@example({"text": "...", "words": [{"word": "...", "start": 0, "end": 1}]})
+@example({"text": "\ud83d"})
+@example({"text": "a", "words": [{"word": "a", "start": 10**400, "end": 1}]})
+def test_no_answer_is_too_odd_to_read(answer: dict[str, Any]) -> None:
+    for word in scribe.read_answer(answer, WINDOW).words:
+        assert math.isfinite(word.start) and math.isfinite(word.end) and word.start <= word.end
+        json.dumps(word, ensure_ascii=False, allow_nan=False).encode()
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["top", "segment", "token", "text", "none"]), st.booleans())
+def test_words_of_every_shape_spell_the_text(seed: int, shape: WordShape, verbose: bool) -> None:
+    speech = speak(chatter(random.Random(seed), 8), 8000)
+    fields = {"response_format": ["verbose_json" if verbose else "json"]}
+    fields |= {"timestamp_granularities[]": ["word"]}
+    heard = speech.window(0, speech.seconds)
+    answer = Endpoint(words=shape).transcribe(heard, speech.seconds, fields, seed)
+    window = scribe.Window(5, 5 + speech.seconds, 5, 5 + speech.seconds, 3, True, scribe.Frames())
+    hypothesis = scribe.read_answer(answer, window)
+    assert "".join(word.text for word in hypothesis.words).split() == answer["text"].split()
+    assert hypothesis.timed == (verbose and shape != "none")
+    assert len(hypothesis.words) == len(speech.words)
+    for word, said in zip(hypothesis.words, speech.words, strict=True) if hypothesis.timed else ():
+        assert word.start - 5 == pytest.approx(said.start, abs=0.02)
+        assert shape == "token" or word.end - 5 == pytest.approx(said.end, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("Don't stop, e-mail me.", ["Don", "'t", " stop", ",", " e", "-", "mail", " me", "."]),
+        ("你好世界", ["你", "好", "世界"]),
+        ("It costs $5.50 now", [" It", " costs", " $", "5", ".50", " now"]),
+        ("naïve Ärger", [" na", "ïve", " Är", "ger"]),
+    ],
+)
+def test_tokens_join_to_the_words_of_the_text(text: str, pieces: list[str]) -> None:
+    words = [{"word": piece, "start": n, "end": n + 1} for n, piece in enumerate(pieces)]
+    hypothesis = scribe.read_answer({"text": text, "words": words}, WINDOW)
+    assert "".join(word.text for word in hypothesis.words).strip() == text
+    if text.isascii() or " " in text:
+        assert [word.text.strip() for word in hypothesis.words] == text.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "speech", "kept"),
+    [
+        ("Thank you.", 0.3, ""),
+        ("Thank you.", 1.5, "Thank you."),
+        ("zero zero zero", 1.0, "zero zero zero"),
+        ("no no no no no no no no no no no no no", 1.0, "no"),
+        ("so we go home. " * 5, 8.0, "so we go home."),
+        ("we say it twice we say it twice", 8.0, "we say it twice we say it twice"),
+    ],
+)
+def test_ghosts_and_loops_go_and_speech_stays(text: str, speech: float, kept: str) -> None:
+    window = dataclasses.replace(WINDOW, speech=speech)
+    words = scribe.read_answer({"text": text}, window).words
+    assert "".join(word.text for word in words).strip() == kept
+
+
+def test_a_segment_that_is_surely_silence_is_not_said() -> None:
+    speech = {"text": " One two.", "start": 0, "end": 1, "no_speech_prob": 0.1, "avg_logprob": -0.2}
+    ghost = {"text": " Thank you.", "start": 1, "end": 3, "no_speech_prob": 0.9, "avg_logprob": -1.2}
+    quiet = {"text": " Three.", "start": 3, "end": 4, "no_speech_prob": 0.9, "avg_logprob": -0.3}
+    answer = {"text": " One two. Thank you. Three.", "segments": [speech, ghost, quiet]}
+    answer["words"] = [
+        {"word": word, "start": start, "end": start + 0.4}
+        for word, start in zip(["One", "two", "Thank", "you", "Three"], [0, 0.5, 1, 1.5, 3], strict=True)
+    ]
+    for told in (answer, {**answer, "words": None}):
+        words = scribe.read_answer(told, WINDOW).words
+        assert "".join(word.text for word in words).strip() == "One two. Three."
+
+
+@pytest.mark.parametrize(
+    ("said", "echo"), [("Acme, Zorblatt and Quux", True), ("Acme", False), ("we met Acme at noon", False)]
+)
+def test_an_echo_is_the_prompt_and_nothing_else(said: str, echo: bool) -> None:
+    hypothesis = scribe.read_answer({"text": said}, WINDOW)
+    assert scribe.echoes(hypothesis, "Names: Acme, Zorblatt and Quux.") is echo
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Transcript: windows that overlap and cut words, and yet every word once
+
+
+def hypothesis_of(speech: Speech, window: scribe.Window, error: float, seed: int) -> scribe.Hypothesis:
+    heard = speech.window(window.start, window.end)
+    fields = {"response_format": ["verbose_json"], "timestamp_granularities[]": ["word"]}
+    seconds = window.end - window.start
+    answer = Endpoint(time_error=error, ghosts=False).transcribe(heard, seconds, fields, seed)
+    return scribe.read_answer(answer, window)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.floats(1.5, 6.0), min_size=1, max_size=12),
+    st.sampled_from([0.0, 0.05]),
+    st.booleans(),
+)
+def test_words_are_final_once_though_windows_cut_them(
+    seed: int, steps: list[float], error: float, interim: bool
+) -> None:
+    """`interim` asks again for a window that grows; else every window is final and ends anywhere."""
+    rng = random.Random(seed)
+    script: list[str | float] = [0.3]
+    for _ in range(int(sum(steps) / 0.4)):
+        script += rng.choice(VOCABULARY), 0.05
+    speech = speak([*script, 0.5], 8000)
+    transcript, segments, start, end = scribe.Transcript(), [], 0.0, 0.0
+    for n, step in enumerate([*steps, speech.seconds]):
+        end = min(end + step, speech.seconds)
+        last = end == speech.seconds
+        window = scribe.Window(start, end, start, end, end - start, last, scribe.Frames())
+        hypothesis = hypothesis_of(speech, window, error, seed + n)
+        if interim and not last and end - start < 10:
+            segments.append(transcript.agree(hypothesis, window)[0])
+        else:
+            segments.append(transcript.settle(hypothesis, window))
+        start = transcript.resume
+        if last:
+            break
+    finals = [segment for segment in segments if segment]
+    said = words_of(" ".join(scribe.spelled(segment.words) for segment in finals))
+    assert compare(speech.texts, said) == Damage([], [], [])
+    assert all(one.end <= two.start for one, two in itertools.pairwise(finals))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Desk: finals before interims, fair, never too many, and slower when the endpoint says so
+
+
+class Ear:
+    """An engine that answers after `seconds`, or as `fault` has it, and remembers who asked when."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self.asked: list[tuple[float, str]] = []
+        self.active = self.peak = 0
+        self.fault: Callable[[], Exception | None] = lambda: None
+
+    async def ask(self, post: scribe.Post) -> dict[str, Any]:
+        self.asked.append((now(), post.prompt))
+        self.active += 1
+        self.peak = max(self.peak, self.active)
+        try:
+            await asyncio.sleep(self.seconds)
+            if fault := self.fault():
+                raise fault
+        finally:
+            self.active -= 1
+        return {"text": post.prompt}
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def posting(name: str, seconds: float = 2.0) -> scribe.Post:
+    return scribe.Post(("audio.wav", b"", "audio/wav"), seconds, scribe.Options(), name)
+
+
+def desk_of(ear: Ear, **options: Any) -> scribe.Desk:
+    return scribe.Desk(cast(Any, ear), scribe.Settings(openai_api_key="test", **options))
+
+
+def limited(wait: float) -> scribe.EndpointError:
+    return scribe.EndpointError("429", again=True, wait=wait, limited=True)
+
+
+DEAD = scribe.EndpointError("500", again=True)
+
+
+def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
+    async def main() -> None:
+        ear = Ear()
+        desk = desk_of(ear, concurrency=2)
+        flood, quiet = scribe.Usage(), scribe.Usage()
+        async with asyncio.TaskGroup() as group:
+            for n in range(20):
+                group.create_task(desk.final(flood, lambda n=n: posting(f"flood {n}")))  # type: ignore[misc]
+            await asyncio.sleep(0.1)
+            began = now()
+            for n in range(3):
+                await desk.final(quiet, lambda n=n: posting(f"quiet {n}"))  # type: ignore[misc]
+            assert now() - began < 3 * 2.1, "waits for no more than the request in front of it"
+        assert ear.peak == 2
+        order = [name for _, name in ear.asked if name.startswith("flood")]
+        assert order == [f"flood {n}" for n in range(20)]
+        assert (flood.requests, flood.billed, quiet.posted) == (20, 40, 6.0)
+
+    virtually(main())
+
+
+def test_an_interim_takes_only_what_no_final_wants() -> None:
+    async def main() -> None:
+        ear = Ear()
+        desk, usage = desk_of(ear, concurrency=1), scribe.Usage()
+        assert desk.spare()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(desk.final(usage, lambda: posting("final")))
+            await asyncio.sleep(0.1)
+            assert not desk.spare()
+            with pytest.raises(scribe.EndpointError):
+                await desk.interim(usage, posting("interim"))
+        assert await desk.interim(usage, posting("interim")) == {"text": "interim"}
+        assert [name for _, name in ear.asked] == ["final", "interim"]
+
+    virtually(main())
+
+
+def test_429_holds_everybody_back_for_as_long_as_it_says() -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk = desk_of(ear)
+        faults = iter([limited(5.0)])
+        ear.fault = lambda: next(faults, None)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(desk.final(scribe.Usage(), lambda: posting("one")))
+            await asyncio.sleep(0.5)
+            began = now()
+            group.create_task(desk.final(scribe.Usage(), lambda: posting("two")))
+        assert sorted(name for _, name in ear.asked) == ["one", "one", "two"]
+        assert ear.asked[1][0] >= began - 0.5 + 5.0
+        assert now() - began < 10, "and not much longer"
+
+    virtually(main())
+
+
+def test_a_rate_limit_is_kept() -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk = desk_of(ear, requests_per_minute=30)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(90):
+                group.create_task(desk.final(scribe.Usage(), lambda: posting("")))
+        times = [at for at, _ in ear.asked]
+        assert all(after - before >= 60 - 0.2 for before, after in zip(times, times[30:], strict=False))
+
+    virtually(main())
+
+
+def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_time() -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk, began = desk_of(ear), now()
+        ear.fault = lambda: DEAD if now() < began + 20 else None
+        async with asyncio.TaskGroup() as group:
+            for n in range(12):
+                group.create_task(desk.final(scribe.Usage(), lambda n=n: posting(str(n))))  # type: ignore[misc]
+            await asyncio.sleep(10)
+            ear.peak = 0
+            asked = len(ear.asked)
+            await asyncio.sleep(9)
+            assert ear.peak == 1, "the circuit is open"
+            assert len(ear.asked) - asked < 8
+        assert {name for _, name in ear.asked} == set(map(str, range(12)))
+
+    virtually(main())
+
+
+@pytest.mark.parametrize(("again", "least", "most"), [(True, 20, 31), (False, 0, 0.2)])
+def test_a_final_is_given_up_at_its_deadline_or_when_there_is_no_hope(
+    again: bool, least: float, most: float
+) -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk, began = desk_of(ear), now()
+        ear.fault = lambda: scribe.EndpointError("no", again=again)
+        with pytest.raises(scribe.EndpointError):
+            await desk.final(scribe.Usage(), lambda: posting("doomed"))
+        assert least <= now() - began <= most
+
+    virtually(main())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Settings and options: every wrong value is refused by its name
+
+KEY = {"OPENAI_API_KEY": "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(
+            (item.name for item in dataclasses.fields(scribe.Settings) if item.type in ("int", "float")),
+            ("x", "-1", "nan", "1" + "0" * 30),
+        ),
+        *((item.name, "maybe") for item in dataclasses.fields(scribe.Settings) if item.type == "bool"),
+        ("log_level", "loud"),
+        *itertools.product(
+            ("openai_base_url", "endpoint_url"),
+            ("example.org/v1", "ftp://example.org", "http://", "http://["),
+        ),
+        ("openai_api_key", "sk-…"),
+        ("key_header", "api key"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(name: str, value: str) -> None:
+    with pytest.raises(scribe.ValueRefused, match=name.upper()):
+        scribe.Settings.load([], {**KEY, name.upper(): value})
+
+
+def test_a_flag_wins_over_the_environment_and_secrets_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {**KEY, "PORT": "1", "HOST": "a", "SCRIBE_TOKENS": "hush"}
+    loaded = scribe.Settings.load(["--port", "2", "--offline"], environment)
+    assert (loaded.port, loaded.host, loaded.offline) == (2, "a", True)
+    assert "hush" not in repr(loaded) and "test" not in repr(loaded)
+    with pytest.raises(SystemExit) as left:
+        scribe.Settings.load(["--help"], environment)
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    for item in dataclasses.fields(scribe.Settings):
+        assert item.name.upper() in told
+        assert (f"--{item.name.replace('_', '-')}" in told) is not item.metadata["secret"]
+    assert "hush" not in told
+
+
+WRONG_OPTIONS = [
+    *(("format", value) for value in ("", "mp3", "PCM_S16LE")),
+    *(("rate", value) for value in ("", "x", "7999", "192001", "-1", "16000.0", "9" * 30)),
+    *(("channels", value) for value in ("0", "9", "two", "1e0")),
+    *(("language", value) for value in ("english", "EN", "e", "e1", "en-US", "../")),
+    ("prompt", "x" * 897),
+    *(("task", value) for value in ("", "summarise")),
+    *((name, value) for name in ("interim", "words", "acks") for value in ("", "1", "yes")),
+    *(("session", value) for value in ("x", "../../../etc/passwd", "a" * 23, "é" * 22)),
+    *(("after", value) for value in ("-1", "x", "1.5")),
+    ("bitrate", "1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_by_its_name(name: str, value: str) -> None:
+    with pytest.raises(scribe.ValueRefused, match=name):
+        scribe.Options.parse(urlencode({name: value}))
+
+
+@given(st.text(max_size=100))
+def test_any_query_gives_options_or_a_refusal(query: str) -> None:
+    with contextlib.suppress(scribe.ValueRefused):
+        scribe.Options.parse(query)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# End to end: a server in this process, in virtual time
+
+
+WORD, OTHER = VOCABULARY[20], VOCABULARY[200]
+
+
+@contextlib.asynccontextmanager
+async def serving(endpoint: Endpoint, **changes: Any) -> AsyncIterator[str]:
+    """The URI of a server with a spool of its own."""
+    with tempfile.TemporaryDirectory() as spool:
+        defaults = {"openai_base_url": endpoint.url, "openai_api_key": "test", "spool_dir": spool}
+        chosen = scribe.Settings(**{**defaults, "host": "127.0.0.1", "port": free_port(), **changes})
+        engine, stop = scribe.Whisper(chosen), asyncio.Event()
+        services = scribe.Services(chosen, scribe.Desk(engine, chosen), scribe.Spool(chosen), None)
+        task = asyncio.create_task(scribe.Server(services).serve(stop))
+        await asyncio.sleep(0.1)
+        try:
+            yield f"ws://127.0.0.1:{chosen.port}/ws"
+        finally:
+            stop.set()
+            async with asyncio.timeout(60):
+                await task
+            await engine.close()
+
+
+def with_server(
+    scene: Callable[[str, Endpoint], Coroutine[Any, Any, T]], endpoint: Endpoint | None = None, **changes: Any
+) -> T:
+    """Plays a scene with a server and its endpoint, in virtual time."""
+
+    async def main() -> T:
+        async with endpoint or Endpoint() as ears, serving(ears, **changes) as uri:
+            return await scene(uri, ears)
+
+    return virtually(main())
+
+
+def assert_told(speech: Speech, result: Result, gaps: bool = False, tolerance: float = 0.1) -> None:
+    """The client was told exactly the words that were spoken, or of the gaps that they are in."""
+    assert result.complete, result.messages[-3:]
+    lost = result.complete["gaps"]
+    assert gaps or not lost, lost
+    missing = [w for w in speech.words if any(gap["start"] < w.end and w.start < gap["end"] for gap in lost)]
+    assert all(any(g["start"] <= w.start and w.end <= g["end"] for g in lost) for w in missing), "cut"
+    told = [word for word in speech.words if word not in missing]
+    assert compare([word.text for word in told], result.words) == Damage([], [], [])
+    rest = iter(told)
+    for final in sorted(result.finals, key=lambda final: float(final["start"])):
+        said = [next(rest) for _ in words_of(final["text"])]
+        assert final["start"] == pytest.approx(said[0].start, abs=tolerance), final
+        assert final["end"] == pytest.approx(said[-1].end, abs=tolerance), final
+        for word, spoken in zip(final.get("words", []), said, strict=False):
+            assert (word["start"], word["end"]) == pytest.approx((spoken.start, spoken.end), abs=tolerance)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A session of the end-to-end test."""
+
+    seed: int
+    count: int  # words
+    encoding: Encoding
+    header: Literal["right", "live", "raw"]
+    rate: int
+    channels: int
+    chunks: list[int]  # bytes, over and over
+    realtime: bool
+    delay: float
+    interim: bool
+    shape: WordShape
+
+
+CASES = st.builds(
+    Case,
+    seed=st.integers(0, 10**6),
+    count=st.integers(0, 40),
+    encoding=st.sampled_from(ENCODINGS),
+    header=st.sampled_from(["right", "live", "raw"]),
+    rate=st.sampled_from([8000, 11025, 16000, 22050, 44100, 48000]),
+    channels=st.sampled_from([1, 1, 2, 3]),
+    chunks=st.lists(st.sampled_from([1, 7, 44, 999, 4096, 32000, 10**6]), min_size=1, max_size=4),
+    realtime=st.booleans(),
+    delay=st.sampled_from([0.0, 0.5, 3.0]),
+    interim=st.booleans(),
+    shape=st.sampled_from(["top", "segment", "token", "text", "none"]),
+)
+
+
+@settings(max_examples=60)
+@given(CASES)
+def test_every_word_comes_back_once_in_order_and_in_time(case: Case) -> None:
+    speech = speak(chatter(random.Random(case.seed), case.count), case.rate, seed=case.seed)
+    options: dict[str, object] = {"words": True, "interim": case.interim}
+    name = next((name for name, encoding in RAW.items() if encoding == case.encoding), "")
+    if case.header == "raw" and name:
+        audio = raw(speech.samples, case.encoding, case.channels)
+        options |= {"format": name, "rate": case.rate, "channels": case.channels}
+    else:
+        size = LIVE if case.header == "live" else None
+        audio = wav(speech.samples, case.rate, case.encoding, case.channels, size=size)
+    bytes_per_second = case.rate * case.channels * WIDTHS[case.encoding]
+    longest = bytes_per_second // 2 if case.realtime else 10**6
+    chunks = [min(size, longest) for size in case.chunks]
+    steps = itertools.chain(chunks * 5, itertools.repeat(max(*chunks, 4096)))
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        speed = bytes_per_second if case.realtime else math.inf
+        options_given = {name: value for name, value in options.items() if value is not False}
+        return await talk(with_options(uri, **options_given), audio, steps, bytes_per_second=speed)
+
+    result = with_server(scene, Endpoint(delay=case.delay, words=case.shape))
+    assert_protocol(result.messages, interim=case.interim, words=True)
+    assert_told(speech, result, tolerance=0.1 if case.shape != "none" else 0.25)
+    assert result.codes == [1000]
+    assert result.complete
+    usage = result.complete["usage"]
+    assert usage["audio_seconds"] == pytest.approx(speech.seconds, abs=0.02)
+    assert usage["posted_seconds"] <= usage["audio_seconds"] * (2.5 if case.interim else 1.0) + 1, usage
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_chunks_may_be_of_one_byte_or_of_the_whole_file(size: int) -> None:
+    speech = speak([0.3, WORD, 0.3], 8000)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, wav(speech.samples, 8000, "mulaw"), itertools.repeat(size))
+
+    assert_told(speech, with_server(scene))
+
+
+@pytest.mark.parametrize("pause", [0.03, 0.05, 0.09])
+@pytest.mark.parametrize("speed", [1, math.inf])
+def test_speech_that_runs_on_costs_no_more_than_its_length(pause: float, speed: float) -> None:
+    """Where it is cut in a word, that word may be misheard: hearing it twice would cost more."""
+    speech = speak(chatter(random.Random(3), 100, (pause,)), 8000)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, wav(speech.samples, 8000), bytes_per_second=16000 * speed)
+
+    result = with_server(scene)
+    assert_protocol(result.messages)
+    damage = compare(speech.texts, result.words)
+    assert not damage.lost and not damage.doubled
+    assert len(damage.broken) <= speech.seconds / scribe.LIMIT_SECONDS
+    assert result.complete
+    assert result.complete["usage"]["factor"] <= 1.0
+
+
+@pytest.mark.parametrize("shape", ["top", "none"])
+@pytest.mark.parametrize("delay", [0.0, 0.8, 3.0])
+@pytest.mark.parametrize("count", [25, 80])
+def test_interim_text_costs_no_more_than_two_and_a_half_times_the_audio(
+    shape: WordShape, delay: float, count: int
+) -> None:
+    speech = speak(chatter(random.Random(count), count, (0.05, 0.1)), 8000)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(with_options(uri, interim=True), wav(speech.samples, 8000), bytes_per_second=16000)
+
+    result = with_server(scene, Endpoint(words=shape, delay=delay))
+    assert_protocol(result.messages, interim=True)
+    assert result.of("interim") and result.complete
+    assert result.complete["usage"]["factor"] <= 2.5
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Faults of the endpoint: the words, or a gap that names what is missing; and nobody else feels it
+
+TALK = speak(chatter(random.Random(7), 40, (0.05, 0.1, 0.3, 0.6)), 16000)
+ODD_KEYS = Fault(body='{"text": {"a": []}, "words": [7, {"word": null}], "segments": {"x": 1}}')
+PASSING: dict[str, Fault] = {
+    "429 in seconds": too_many(2),
+    "429 in milliseconds": too_many(0.8, "ms"),
+    "429 with a date": too_many(3, "date"),
+    "429 without a hint": too_many(2, "none"),
+    "500": BROKEN,
+    "502 with HTML": BAD_GATEWAY,
+    "dropped": DROP,
+    "cut": CUT,
+    "hangs": HANG,
+    "half of a JSON": GARBAGE,
+    "not a JSON": Fault(body="<html>"),
+    "no object": Fault(body='["text"]'),
+    "deep": Fault(body="[" * 100_000),
+    "no text": NO_TEXT,
+    "null text": NULL_TEXT,
+    "redirect": Fault(503, "", {"Location": "/"}),
+}
+
+
+async def one_talk(uri: str, _: Endpoint) -> Result:
+    return await talk(uri, wav(TALK.samples, TALK.rate), bytes_per_second=32000)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+def test_a_fault_that_passes_costs_no_word(fault: Fault, first: int) -> None:
+    endpoint = Endpoint(script=[*[None] * first, fault, fault], delay=0.3)
+    result = with_server(one_talk, endpoint)
+    assert_protocol(result.messages)
+    assert_told(TALK, result)
+    assert not endpoint.script
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [BROKEN, DROP, HANG, GARBAGE, too_many(1), NO_QUOTA, refusal(400, "no"), Fault(302)],
+    ids=["500", "dropped", "hangs", "half of a JSON", "429", "no quota", "400", "redirect"],
+)
+def test_a_fault_that_stays_becomes_gaps_that_name_what_is_missing(fault: Fault) -> None:
+    endpoint = Endpoint(fault=lambda post: fault if post.arrived > 1005 else None)
+    result = with_server(one_talk, endpoint, deadline_seconds=3.0, request_seconds=1.0)
+    assert_protocol(result.messages)
+    assert_told(TALK, result, gaps=True)
+    assert result.complete
+    assert result.complete["gaps"] and result.finals
+    told = [(gap["start"], gap["end"]) for gap in result.gaps]
+    assert [(gap["start"], gap["end"]) for gap in result.complete["gaps"]] == told
+    assert result.codes == [1000]
+
+
+def test_a_gap_is_filled_before_complete() -> None:
+    endpoint = Endpoint(fault=lambda post: BROKEN if 5 < post.arrived - 1000 < 12 else None)
+    result = with_server(one_talk, endpoint, deadline_seconds=2.0)
+    assert_protocol(result.messages)
+    assert_told(TALK, result)
+    assert result.gaps and any(final.get("late") for final in result.finals)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        *(Endpoint(words=shape) for shape in ("segment", "token", "text", "none")),
+        Endpoint(verbose=False),
+        Endpoint(probabilities=False),
+    ],
+    ids=["words in segments", "tokens", "words as text", "no words", "only text", "no probabilities"],
+)
+@pytest.mark.parametrize("interim", [False, True])
+def test_every_kind_of_endpoint_will_do(endpoint: Endpoint, interim: bool) -> None:
+    async def scene(uri: str, _: Endpoint) -> Result:
+        options = {"interim": True} if interim else {}
+        audio = wav(TALK.samples, TALK.rate)
+        return await talk(with_options(uri, words=True, **options), audio, bytes_per_second=32000)
+
+    endpoint = dataclasses.replace(endpoint, posts=[])
+    result = with_server(scene, endpoint)
+    assert_protocol(result.messages, interim=interim, words=True)
+    assert_told(TALK, result, tolerance=0.25)
+    faults = [post for post in endpoint.posts if post.fault]
+    assert len(faults) <= 2, "what it refuses is remembered"
+
+
+@pytest.mark.parametrize("fault", [BROKEN, HANG, DROP, GARBAGE, refusal(400, "no")])
+def test_what_befalls_one_session_is_not_felt_by_another(fault: Fault) -> None:
+    def fate(post: Post) -> Fault | None:
+        return fault if post.fields.get("language") == ["de"] else None
+
+    async def scene(uri: str, _: Endpoint) -> tuple[Result, Result]:
+        unlucky = asyncio.create_task(one_talk(with_options(uri, language="de"), Endpoint()))
+        lucky = await one_talk(with_options(uri, language="en"), Endpoint())
+        return lucky, await unlucky
+
+    lucky, unlucky = with_server(scene, Endpoint(fault=fate), deadline_seconds=5.0, request_seconds=2.0)
+    assert_told(TALK, lucky)
+    assert_told(TALK, unlucky, gaps=True)
+    assert not lucky.gaps
+
+
+def test_a_language_the_endpoint_refuses_is_its_clients_problem_alone() -> None:
+    async def scene(uri: str, endpoint: Endpoint) -> Result:
+        await one_talk(with_options(uri, language="xyz"), endpoint)
+        endpoint.posts.clear()
+        return await one_talk(with_options(uri, language="en", prompt="Names"), endpoint)
+
+    endpoint = Endpoint()
+    assert_told(TALK, with_server(scene, endpoint))
+    assert {tuple(post.fields["language"]) for post in endpoint.posts} == {("en",)}
+    assert all(post.fields["prompt"][0].startswith("Names") for post in endpoint.posts)
+
+
+def test_a_wrong_key_is_told_at_once_and_the_session_goes_on() -> None:
+    result = with_server(one_talk, Endpoint(key="right"))
+    assert_protocol(result.messages)
+    assert_told(TALK, result, gaps=True)
+    assert "OPENAI_API_KEY" in result.gaps[0]["message"]
+    assert not result.finals
+
+
+def test_an_azure_url_and_key_header_are_used() -> None:
+    async def main() -> Result:
+        async with Endpoint(key="azure", key_header="api-key") as endpoint:
+            url = endpoint.url.replace("/v1", "/openai/deployments/w/audio/transcriptions?api-version=1")
+            options = {"endpoint_url": url, "key_header": "api-key", "openai_api_key": "azure"}
+            async with serving(endpoint, **options) as uri:
+                return await one_talk(uri, endpoint)
+
+    assert_told(TALK, virtually(main()))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Bad input: a clear answer, the right code, and the next client is served
+
+
+async def is_served(uri: str) -> bool:
+    """Whether the server serves the next client."""
+    speech = speak([0.3, WORD, 0.3], 8000)
+    result = await talk(uri, wav(speech.samples, 8000))
+    return result.words == [WORD]
+
+
+async def refused(uri: str, headers: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Status, text and Retry-After of a refused handshake."""
+    with pytest.raises(InvalidStatus) as answer:
+        await connect(uri, additional_headers=headers, proxy=None)
+    response = answer.value.response
+    return response.status_code, response.body.decode(), response.headers.get("Retry-After", "")
+
+
+def test_a_wrong_option_is_refused_at_the_handshake_by_its_name() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        for name, value in WRONG_OPTIONS:
+            status, text, retry = await refused(with_options(uri, **{name: value}))
+            assert status == 400 and name in text and not retry, (name, value, text)
+        assert (await refused(f"{uri}?rate=8000&rate=16000"))[0] == 400
+        assert await is_served(uri)
+
+    with_server(scene)
+
+
+@pytest.mark.parametrize("text", ["x" * 896, "ж" * 896, "語" * 896, "\x00\n\r\"'%&=+"], ids=range(4))
+def test_a_prompt_of_any_letters_reaches_the_endpoint(text: str) -> None:
+    async def scene(uri: str, endpoint: Endpoint) -> None:
+        assert await is_served(with_options(uri, prompt=text))
+        assert [post.fields["prompt"][0] for post in endpoint.posts] == [text.strip()]
+
+    with_server(scene)
+
+
+BAD_AUDIO: dict[str, tuple[bytes, int, bool]] = {  # what is sent, how it is closed, whether it is an error
+    "nothing": (b"", 1000, False),
+    "44 bytes": (wav(np.zeros(0, np.float32), 16000), 1000, False),
+    "random": (random.Random(1).randbytes(70_000), 1003, True),
+    "text": (b"Hello, is there anybody in there? " * 10, 1003, True),
+    "short": (b"RIF", 1003, True),
+    "half a header": (wav(TALK.samples, 16000)[:30], 1003, True),
+    "no fmt": (b"RIFF\xff\xff\xff\xffWAVEdata\xff\xff\xff\xff" + bytes(99), 1003, True),
+    "huge chunk": (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\xff\xff" + bytes(99999), 1003, True),
+    "MP3 in WAV": (wav(TALK.samples, 16000).replace(b"\x01\0\x01\0", b"\x55\0\x01\0", 1), 1003, True),
+    "no channels": (wav(TALK.samples, 16000).replace(b"\x01\0\x01\0", b"\x01\0\0\0", 1), 1003, True),
+    "no rate": (wav(TALK.samples, 0), 1003, True),
+    "silence": (wav(np.zeros(160_000, np.float32), 16000), 1000, False),
+}
+
+
+@pytest.mark.parametrize(("audio", "code", "error"), BAD_AUDIO.values(), ids=BAD_AUDIO)
+def test_bad_audio_gets_a_clear_error_and_the_right_close_code(audio: bytes, code: int, error: bool) -> None:
+    async def scene(uri: str, endpoint: Endpoint) -> None:
+        result = await talk(uri, audio)
+        assert_protocol(result.messages)
+        assert result.codes == [code]
+        assert [message["fatal"] for message in result.of("error")] == [True] * error
+        assert result.complete and result.complete["full_transcription"] == ""
+        assert not endpoint.posts
+        assert await is_served(uri)
+
+    with_server(scene)
+
+
+def test_the_frames_in_front_of_damage_are_transcribed() -> None:
+    speech = speak([0.3, WORD, 0.3], 8000)
+    audio = wav(speech.samples, 8000, after=wav(speech.samples, 8000))
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, audio)
+
+    result = with_server(scene)
+    assert result.words == [WORD]
+    assert [message["code"] for message in result.of("error")] == ["format"]
+    assert result.codes == [1003]
+
+
+def test_odd_messages_are_answered_and_harm_nothing() -> None:
+    audio = wav(TALK.samples, TALK.rate)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        odd: list[Step] = ["hello", "", "end", "FLUSH", 0, 0, 100, "x" * 100_000, 0, "FLUSH", "FLUSH", 5000]
+        return await talk(uri, audio, odd, bytes_per_second=32000)
+
+    result = with_server(scene)
+    assert_protocol(result.messages)
+    assert_told(TALK, result)
+    assert [message["code"] for message in result.of("error")] == ["unknown_message"] * 4
+    assert all(len(message["message"]) < 200 for message in result.of("error"))
+
+
+@pytest.mark.parametrize(("message", "code"), [(bytes((1 << 20) + 1), 1009), ("x" * ((1 << 20) + 1), 1009)])
+def test_a_message_over_the_limit_closes_its_connection_only(message: bytes | str, code: int) -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        async with connect(uri, proxy=None, compression=None) as connection:
+            await connection.recv()
+            await connection.send(message)
+            with pytest.raises(ConnectionClosed):
+                await connection.recv()
+            assert connection.close_code == code
+        assert await is_served(uri)
+
+    with_server(scene)
+
+
+@pytest.mark.parametrize("size", [0, 4096, 1 << 20])
+def test_what_comes_after_end_changes_nothing(size: int) -> None:
+    """Also if it is more than the server holds, and the endpoint is slow."""
+    audio = wav(TALK.samples, TALK.rate)
+
+    async def scene(uri: str, endpoint: Endpoint) -> Result:
+        result = Result()
+        async with connect(uri, proxy=None, compression=None) as connection:
+
+            async def flood() -> None:
+                with contextlib.suppress(ConnectionClosed):
+                    await connection.send(audio)
+                    for command in ("END", "END", "FLUSH"):
+                        await connection.send(command)
+                    for _ in range(20):
+                        await connection.send(bytes(size))
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flood())
+                async for text in connection:
+                    result.hear(text)
+        assert await is_served(uri)
+        return result
+
+    result = with_server(scene, Endpoint(delay=2.0))
+    assert_protocol(result.messages)
+    assert_told(TALK, result)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The handshake: tokens, limits, paths
+
+
+def test_only_a_token_that_is_known_opens_the_door() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        wrong = ["", "x", "alphabeta", "alpha,beta", "alph", "alphaa", "é"]
+        for token in wrong:
+            assert (await refused(with_options(uri, token=token)))[0] == 401
+        for header in ("Bearer x", "Bearer ", "Basic alpha"):
+            assert (await refused(uri, {"Authorization": header}))[0] == 401
+        assert (await refused(uri))[0] == 401
+        assert await is_served(with_options(uri, token="beta"))
+        for header in ("Bearer alpha", "bearer alpha"):  # RFC 9110, 11.1: the scheme has no case
+            async with connect(uri, additional_headers={"Authorization": header}, proxy=None) as connection:
+                assert json.loads(await connection.recv())["status"] == "ready"
+
+    with_server(scene, scribe_tokens=" alpha, beta,")
+
+
+def test_no_more_sessions_than_the_limit_and_the_rest_is_told_when_to_come_back() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        async def enter() -> ClientConnection | str:
+            try:
+                connection = await connect(uri, proxy=None, compression=None)
+            except InvalidStatus as error:
+                assert error.response.status_code == 503
+                return error.response.headers["Retry-After"]
+            await connection.recv()
+            return connection
+
+        entered = await asyncio.gather(*(enter() for _ in range(8)))
+        inside = [each for each in entered if isinstance(each, ClientConnection)]
+        assert len(inside) == 3
+        assert all(int(each) > 0 for each in entered if isinstance(each, str))
+        for connection in inside:
+            await connection.send("END")
+            await connection.wait_closed()
+        await asyncio.sleep(1)
+        assert await is_served(uri)
+
+    with_server(scene, max_sessions=3)
+
+
+def test_pages_answer_and_other_paths_say_where_to_go() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        base = uri.replace("ws:", "http:").removesuffix("/ws")
+        async with ClientSession() as http:
+            for path, status in {"/healthz": 200, "/readyz": 200, "/ws/": 404, "/x": 404, "/ws": 426}.items():
+                async with http.get(base + path) as response:
+                    assert (path, response.status) == (path, status)
+        assert (await refused(uri + "x"))[0] == 404
+        for line in (b"GET //[ HTTP/1.1\r\nHost: x\r\n\r\n", b"\0\xff\r\n\r\n", b"POST /ws HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(base.rpartition(":")[2]))
+            writer.write(line)
+            answer = await reader.read()
+            assert not answer or b" 4" in answer[:20], answer
+            writer.close()
+        assert await is_served(uri)
+
+    with_server(scene)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Clients that pause, flush, vanish and flood
+
+
+def test_an_idle_client_gets_its_final() -> None:
+    speech = speak([0.3, WORD, 0.05, OTHER, 0.12], 16000)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        audio = raw(speech.samples)
+        steps: list[Step] = [len(audio), 8.0]
+        return await talk(with_options(uri, format="pcm_s16le"), audio, steps, bytes_per_second=32000)
+
+    result = with_server(scene)
+    assert result.words == speech.texts
+    assert result.times[1] - result.sent[0][0] < 2.0
+
+
+def test_flush_makes_everything_final_and_the_stream_goes_on() -> None:
+    speech = speak([0.3, WORD, 0.05, OTHER, 0.05, WORD, 0.2], 16000)
+    half = 44 + 2 * round(16000 * (speech.words[1].end + 0.02))
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        audio = wav(speech.samples, 16000)
+        return await talk(uri, audio, [half, "FLUSH", 0.8, len(audio), 0.1], bytes_per_second=32000)
+
+    result = with_server(scene)
+    assert_protocol(result.messages)
+    assert_told(speech, result)
+    assert words_of(result.finals[0]["text"]) == speech.texts[:2]
+    assert result.times[1] - result.sent[0][0] < 0.8
+
+
+@pytest.mark.parametrize("middle", [False, True])
+def test_what_a_vanished_client_has_sent_is_transcribed(middle: bool) -> None:
+    async def scene(uri: str, endpoint: Endpoint) -> None:
+        audio = wav(TALK.samples, TALK.rate)
+        audio = audio[: len(audio) - 20_000 * middle]
+        result = await talk(uri, audio, ending=None)
+        assert not result.complete
+        await asyncio.sleep(30)
+        heard = [word.text for post in endpoint.transcribed for word in post.heard if word.whole]
+        said = [word.text for word in TALK.words if word.end < (len(audio) - 44) / 32000 + MISSING]
+        assert heard == said
+        assert await is_served(uri)
+
+    with_server(scene, grace_seconds=10.0)
+
+
+def test_a_long_upload_does_not_hold_up_one_who_speaks() -> None:
+    minute = workload("lecture", 1)
+    seconds = minute.seconds
+    audio = wav(np.tile(minute.samples, 20), minute.rate)
+
+    async def scene(uri: str, endpoint: Endpoint) -> tuple[Result, Result]:
+        upload = asyncio.create_task(talk(uri, audio, itertools.repeat(65536)))
+        await asyncio.sleep(1)
+        return await one_talk(uri, endpoint), await upload
+
+    endpoint = Endpoint(delay=0.5, ghosts=False)
+    live, upload = with_server(scene, endpoint)
+    assert_told(TALK, live)
+    late = [
+        at - live.sent[0][0] - final["end"] for at, final in zip(live.times[1:], live.finals, strict=False)
+    ]
+    assert max(late) < 5.0, "a pause, the endpoint's delay, and one request in front"
+    assert_protocol(upload.messages)
+    assert upload.complete
+    assert upload.complete["duration"] == pytest.approx(20 * seconds, abs=0.1)
+    damage = compare(minute.texts * 20, upload.words)
+    assert damage.words <= 0.02 * len(minute.texts) * 20, damage
+    assert upload.complete["usage"]["factor"] <= 1.0
+    assert upload.times[-1] - upload.sent[0][0] < 0.2 * 20 * seconds
+    assert endpoint.peak <= scribe.Settings().concurrency
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Processes: the command as people start it
+
+SAMPLE = SCRIPT.with_name("audio.wav")
+SAMPLE_TEXT = (
+    "welcome to the meeting you can read the text on your screen and the last words are the most important"
+)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end, with no settings but these."""
+    names = ("PATH", "HOME")
+    inherited = {name: os.environ[name] for name in names if name in os.environ}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        ([], {}, ("OPENAI_API_KEY", "OPENAI_BASE_URL", "--offline")),
+        (["--port", "x"], KEY, ("PORT",)),
+        ([], {**KEY, "CONCURRENCY": "0"}, ("CONCURRENCY",)),
+        ([], {**KEY, "SPOOL_DIR": "/proc/spool"}, ("SPOOL_DIR",)),
+        (["--bogus"], KEY, ("--bogus",)),
+    ],
+)
+def test_settings_that_cannot_work_end_with_2_and_say_the_way_out(
+    arguments: list[str], environment: dict[str, str], named: Sequence[str]
+) -> None:
+    ended = command(str(SCRIPT), *arguments, **environment)
+    assert ended.returncode == 2
+    assert all(name in ended.stderr for name in named), ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+async def test_sigterm_lets_sessions_that_have_ended_finish_and_sends_the_others_away(tmp_path: Path) -> None:
+    audio = wav(TALK.samples, TALK.rate)
+    port = free_port()
+    env = {"SPOOL_DIR": str(tmp_path), "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+    async with Endpoint(delay=1.0, port=port), Scribe(env) as server:
+        ended = asyncio.create_task(talk(server.uri, audio))
+        steps: list[Step] = [len(audio) // 2, 3.0]
+        going = asyncio.create_task(talk(server.uri, audio, steps, patience=20))
+        await asyncio.sleep(1)
+        assert await server.stop(signal.SIGTERM) == 0, server.lines
+        assert "Traceback" not in "\n".join(server.lines)
+        assert_told(TALK, await ended)
+        await server.start()
+        result = await going
+    assert_told(TALK, result)
+    assert result.codes == [1012, 1000]
+    statuses = [message["status"] for message in result.of("status")]
+    assert statuses == ["ready", "draining", "resumed", "complete"]
+
+
+async def test_the_sample_is_understood_offline(tmp_path: Path) -> None:
+    async with Scribe({"SPOOL_DIR": str(tmp_path)}, ["--offline"]) as server:
+        client = str(SCRIPT.with_name("client.py"))
+        ended = await asyncio.to_thread(command, client, str(SAMPLE), "--uri", server.uri)
+        assert ended.returncode == 0, ended.stderr
+        assert " ".join(words_of(ended.stdout)) == SAMPLE_TEXT
+        assert "Traceback" not in "\n".join(server.lines)
+        assert await server.stop(signal.SIGTERM) == 0
+
+
+CLIENT = Path(__file__).with_name("client.py")
+ClientMessage = dict[str, Any]
+CLIENT_WINDOW = 10_000  # bytes; the fake server says "word N" for each
+ACKS = 4_000  # bytes from one acknowledgement to the next
+
+
+class FakeScribe:
+    """One session of a server that loses, at every fault, whatever it had not acknowledged.
+
+    `faults` are (position, kind), in order. At that byte of the stream, or at END for position None, `cut`
+    breaks the connection, `busy` refuses the next handshake too, `restart` closes it with 1012 and is away
+    for a moment, and `complete` ends the session.
+    """
+
+    def __init__(self, *faults: tuple[int | None, str], last: Sequence[ClientMessage] = ()) -> None:
+        self.faults = list(faults)
+        self.last = last  # messages after END and before `complete`
+        self.complete: ClientMessage = {"gaps": [], "usage": {"billed_seconds": 1}}
+        self.completes = True
+        self.audio = bytearray()
+        self.acked = 0
+        self.queries: list[dict[str, list[str]]] = []
+        self.headers: list[str | None] = []
+        self.arrivals: list[tuple[int, float]] = []  # position, time
+        self.ended = asyncio.Event()
+        self.refusal: tuple[int, str, dict[str, str]] | None = None
+        self.server: Server
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def listen(self, port: int = 0) -> None:
+        self.server = await serve(
+            self.session, "127.0.0.1", port, process_request=self.handshake, close_timeout=0.2
+        )
+        self.port: int = next(iter(self.server.sockets)).getsockname()[1]
+
+    async def restart(self) -> None:
+        self.server.close()
+        await asyncio.sleep(0.8)
+        await self.listen(self.port)
+
+    async def handshake(self, connection: ServerConnection, request: Request) -> Response | None:
+        self.queries.append(parse_qs(urlsplit(request.path).query))
+        self.headers.append(request.headers.get("Authorization"))
+        if not self.refusal:
+            return None
+        (status, text, headers), self.refusal = self.refusal, None
+        response = connection.respond(HTTPStatus(status), text)
+        response.headers.update(headers)
+        return response
+
+    async def fault(self, connection: ServerConnection, kind: str) -> None:
+        del self.audio[self.acked :]
+        if kind == "restart":
+            task = asyncio.create_task(self.restart())
+            self.tasks.add(task)
+            await connection.close(1012, "service restart")
+        elif kind == "complete":
+            await self.say(connection, type="status", status="complete", gaps=[])
+        else:
+            connection.transport.abort()
+        if kind == "busy":
+            self.refusal = 503, "draining", {"Retry-After": "1"}
+
+    def due(self, position: int | None) -> str | None:
+        """The fault to commit now."""
+        if not self.faults:
+            return None
+        at, kind = self.faults[0]
+        if position is None or (at is not None and position >= at):
+            del self.faults[0]
+            return kind
+        return None
+
+    async def say(self, connection: ServerConnection, **message: Any) -> None:
+        await connection.send(json.dumps(message))
+
+    async def session(self, connection: ServerConnection) -> None:
+        said = int(self.queries[-1].get("after", ["0"])[0])
+        if "session" in self.queries[-1]:
+            await self.say(connection, type="status", status="resumed", received=len(self.audio))
+        else:
+            await self.say(connection, type="status", status="ready", message="", session="abc", received=0)
+        async for data in connection:
+            if data == "END":
+                self.ended.set()
+            else:
+                assert isinstance(data, bytes)
+                self.audio += data
+                self.arrivals.append((len(self.audio), time.monotonic()))
+            if kind := self.due(None if data == "END" else len(self.audio)):
+                return await self.fault(connection, kind)
+            while len(self.audio) >= CLIENT_WINDOW * (said + 1):
+                said += 1
+                await self.say(connection, **self.segment(said))
+                self.acked = max(self.acked, CLIENT_WINDOW * said)
+            if len(self.audio) - self.acked > ACKS:
+                self.acked = len(self.audio)
+                await self.say(connection, type="status", status="received", received=self.acked)
+            if data == "END" and self.completes:
+                for message in self.last:
+                    await self.say(connection, **message)
+                await self.say(connection, type="status", status="complete", message="", **self.complete)
+        return None
+
+    @staticmethod
+    def segment(number: int) -> ClientMessage:
+        return {
+            "type": "transcription", "sequence": number, "text": f"word {number}", "start": number - 1.0,
+            "end": number - 0.5, "received": CLIENT_WINDOW * number,
+        }  # fmt: skip
+
+
+@asynccontextmanager
+async def running(fake: FakeScribe, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The client as a subprocess on a server that is listening."""
+    await fake.listen()
+    pipe = asyncio.subprocess.PIPE
+    uri = f"ws://127.0.0.1:{fake.port}/ws"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(CLIENT), "--uri", uri, *arguments, stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        fake.server.close()
+
+
+def client(fake: FakeScribe, *arguments: str, stdin: bytes = b"") -> tuple[int | None, str, str]:
+    """Exit code, stdout and stderr."""
+
+    async def run() -> tuple[int | None, str, str]:
+        async with running(fake, *arguments) as process:
+            out, err = await asyncio.wait_for(process.communicate(stdin), 30)
+            assert b"Traceback" not in err, err.decode()
+            return process.returncode, out.decode(), err.decode()
+
+    return asyncio.run(run())
+
+
+def words(count: int) -> str:
+    return "".join(f"word {number}\n" for number in range(1, count + 1))
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    """1.25 seconds of 20 kHz noise as WAV: 50,044 bytes."""
+    path = tmp_path / "audio.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 20_000, 0, "NONE", ""))
+        file.writeframes(random.Random(1).randbytes(50_000))
+    return path
+
+
+@pytest.mark.parametrize("size", [1009, 4096, 1 << 20])
+@pytest.mark.parametrize("source", ["file", "pipe"])
+def test_every_byte_arrives_once_over_several_faults(audio: Path, source: str, size: int) -> None:
+    fake = FakeScribe((7_000, "cut"), (21_111, "restart"), (50_000, "cut"), (None, "cut"))
+    data = audio.read_bytes()
+    name, stdin = ("-", data) if source == "pipe" else (str(audio), b"")
+    code, out, err = client(fake, name, "--chunk-size", str(size), stdin=stdin)
+    assert (code, out) == (0, words(5)), err
+    assert bytes(fake.audio) == data
+    assert not fake.faults
+    assert all(query["session"] == ["abc"] and query["acks"] == ["true"] for query in fake.queries[1:])
+    assert "1012 (service restart)" in err
+
+
+def test_loopback_is_not_behind_a_proxy(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert client(FakeScribe(), str(audio))[:2] == (0, words(5))
+
+
+def test_a_full_server_is_asked_again_when_it_says(audio: Path) -> None:
+    fake = FakeScribe((20_000, "busy"))
+    fake.refusal = 503, "full", {"Retry-After": "1"}
+    began = time.monotonic()
+    code, out, err = client(fake, str(audio))
+    assert (code, out, err.count("(HTTP 503 Service Unavailable). Trying again in 1")) == (0, words(5), 2)
+    assert time.monotonic() - began > 2
+
+
+def test_redirected_input_is_a_file_from_its_offset(audio: Path) -> None:
+    async def run() -> None:
+        fake = FakeScribe((20_000, "cut"))
+        await fake.listen()
+        with audio.open("rb") as file:
+            file.seek(44)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, str(CLIENT), "-", "--format", "pcm_s16le", "--realtime", "--rate", "50000",
+                "--uri", f"ws://127.0.0.1:{fake.port}/ws?tenant=7", stdin=file, stdout=-3, stderr=-3,
+            )  # fmt: skip
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        fake.server.close()
+        given = {"tenant": ["7"], "format": ["pcm_s16le"], "rate": ["50000"], "acks": ["true"]}
+        assert fake.queries[0] == given
+        assert bytes(fake.audio) == data[44:]
+
+    data = audio.read_bytes()
+    asyncio.run(run())
+
+
+def test_wire_options_and_token(audio: Path) -> None:
+    fake = FakeScribe()
+    given = ["--language", "en", "--prompt", "A&B", "--task", "translate", "--words", "--token", "s3"]
+    assert client(fake, str(audio), "--no-resume", *given)[0] == 0
+    expected = {"language": ["en"], "prompt": ["A&B"], "task": ["translate"], "words": ["true"]}
+    assert fake.queries == [expected]
+    assert fake.headers == ["Bearer s3"]
+
+
+def test_realtime_neither_drifts_nor_bursts(audio: Path) -> None:
+    fake = FakeScribe()
+    assert client(fake, str(audio), "--realtime", "--chunk-size", "1000")[0] == 0
+    first, began = fake.arrivals[0]
+    lags = [at - began - (position - first) / 40_000 for position, at in fake.arrivals]
+    assert min(lags) > -0.02
+    assert max(lags) < 0.1
+
+
+LATE: list[ClientMessage] = [
+    {"type": "error", "code": "gap", "message": "No answer for 1.5 to 1.9 s.", "fatal": False},
+    {**FakeScribe.segment(6), "text": "so < late", "start": 1.5, "end": 1.9, "late": True},
+]
+
+
+def test_outputs_put_a_late_transcription_in_its_place(audio: Path) -> None:
+    code, out, err = client(FakeScribe(last=LATE), str(audio))
+    assert (code, err) == (0, "No answer for 1.5 to 1.9 s.\n")
+    assert out == words(5) + "[late, 00:00:01.500 to 00:00:01.900] so < late\n"
+    _, out, _ = client(FakeScribe(last=LATE), str(audio), "--output", "srt")
+    assert (
+        "\n\n2\n00:00:01,000 --> 00:00:01,500\nword 2\n\n3\n00:00:01,500 --> 00:00:01,900\nso < late\n" in out
+    )
+    _, out, _ = client(FakeScribe(last=LATE), str(audio), "--output", "vtt")
+    assert out.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.500\nword 1\n\n")
+    assert "so &lt; late" in out
+    _, out, _ = client(FakeScribe(last=LATE), str(audio), "--output", "json")
+    result = json.loads(out)
+    assert result["usage"] == {"billed_seconds": 1}
+    assert [segment["sequence"] for segment in result["segments"]] == [1, 2, 6, 3, 4, 5]
+
+
+def test_gaps_and_an_archive_that_is_not_stored(audio: Path) -> None:
+    fake = FakeScribe()
+    fake.complete = {"gaps": [{"start": 1.5, "end": 4}], "archive": {"stored": False}}
+    code, out, err = client(fake, str(audio))
+    assert (code, out) == (1, words(5))
+    assert "not in the archive" in err
+    assert err.endswith("client.py: not transcribed: 1.5 to 4.0 s\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "shown"),
+    [(400, "rate: 5 is too low", "5 is too"), (401, "bad token", "bad token"), (404, "<p>", "HTTP 404")],
+)
+def test_refusals_show_the_servers_message(audio: Path, status: int, text: str, shown: str) -> None:
+    fake = FakeScribe()
+    fake.refusal = status, text, {}
+    code, out, err = client(fake, str(audio))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert shown in err
+
+
+def test_fatal_error_keeps_the_last_words(audio: Path) -> None:
+    fatal = {"type": "error", "code": "format", "message": "Unknown format.", "fatal": True}
+    code, out, err = client(FakeScribe(last=[fatal, FakeScribe.segment(6)]), str(audio))
+    assert (code, out, err) == (1, words(6), "client.py: Unknown format.\n")
+
+
+def test_without_resume_a_lost_connection_is_the_end(audio: Path) -> None:
+    code, _, err = client(FakeScribe((25_000, "cut")), str(audio), "--no-resume")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "connection lost" in err
+
+
+def test_retries_have_a_limit(audio: Path) -> None:
+    fake = FakeScribe(*[(25_000, "cut")] * 50)
+    began = time.monotonic()
+    code, _, err = client(fake, "-", "--retry-seconds", "2", stdin=audio.read_bytes())
+    assert code == 1
+    assert "client.py: connection lost" in err
+    assert 2 < time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["missing.wav"],
+        [str(Path(__file__).parent)],
+        ["/dev/null"],
+        ["EMPTY"],
+        ["AUDIO", "--uri", "ws://127.0.0.1:1/ws"],
+        ["AUDIO", "--uri", "http://127.0.0.1:1/ws"],
+        ["AUDIO", "--uri", "ws://[::1"],
+        ["AUDIO", "--uri", "ws://127.0.0.1:99999"],
+        ["UNKNOWN", "--realtime"],
+    ],
+)
+def test_plain_failures(audio: Path, arguments: list[str]) -> None:
+    (empty := audio.with_name("empty")).touch()
+    (unknown := audio.with_name("unknown")).write_bytes(b"?" * 100)
+    names = {"AUDIO": str(audio), "EMPTY": str(empty), "UNKNOWN": str(unknown)}
+    code, out, err = client(FakeScribe(), *(names.get(argument, argument) for argument in arguments))
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+
+
+def test_a_server_of_another_kind(audio: Path) -> None:
+    async def run() -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"220 mail.example.org ESMTP\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1")
+        uri = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(CLIENT), str(audio), "--uri", uri, stderr=asyncio.subprocess.PIPE
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 20)
+        assert (process.returncode, err.count(b"\n")) == (1, 1), err
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_nobody_reads_the_text(audio: Path) -> None:
+    async def run() -> None:
+        fake = FakeScribe()
+        async with running(fake, str(audio), "--realtime") as process:
+            assert process.stdout and process.stderr
+            await process.stdout.readline()
+            process.stdout._transport.close()  # type: ignore[attr-defined]
+            err = await asyncio.wait_for(process.stderr.read(), 20)
+            assert (await process.wait(), err) == (1, b"client.py: cannot write the text: Broken pipe\n")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("answers", "code"), [(True, 0), (False, 130)])
+def test_ctrl_c_ends_the_input_and_a_second_one_the_program(answers: bool, code: int) -> None:
+    async def run() -> None:
+        fake = FakeScribe()
+        fake.completes = answers
+        async with running(fake, "-") as process:
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write(bytes(CLIENT_WINDOW))
+            assert await process.stdout.readline() == b"word 1\n"
+            process.send_signal(signal.SIGINT)
+            await fake.ended.wait()
+            if not answers:
+                process.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(process.wait(), 10) == code
+            assert re.fullmatch(rb"Waiting[^\n]*\n", await process.stderr.read())
+
+    asyncio.run(run())
+
+
+def test_a_server_that_ends_early(audio: Path) -> None:
+    fake = FakeScribe((20_000, "complete"))
+    code, out, err = client(fake, str(audio), "--realtime")
+    assert (code, out) == (1, words(1))
+    assert err == "client.py: the server ended the session before all audio was sent\n"
+
+
+def test_a_pipe_is_read_only_as_far_as_the_server_acknowledges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_py, "KEEP_BYTES", 300_000)
+
+    async def run() -> None:
+        reading, writing = os.pipe()
+        sender = threading.Thread(target=os.write, args=(writing, data))
+        sender.start()
+        file = FileIO(reading)
+        audio = client_py.PipeAudio(file, None)
+        for position in range(0, len(data), 100_000):
+            audio.forget(position)
+            await asyncio.sleep(0.05)
+            assert min(300_000, len(data) - position) <= len(audio.kept) < 300_000 + 2 * client_py.READ_BYTES
+            assert await audio.read(position, 100_000) == data[position : position + 100_000]
+        sender.join()
+        os.close(writing)
+        assert await audio.read(len(data), 1) == b""
+        file.close()
+
+    data = random.Random(2).randbytes(1_000_000)
+    asyncio.run(run())
