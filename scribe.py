@@ -207,9 +207,8 @@ def _wanted(valid: Any) -> str:
 # Formats: bytes in, frames out; frames in, files out.
 #
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
-# wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the
-# session's stream, which the spool holds as received, and `file` is given those bytes again. Time is the sum
-# of the frames' durations.
+# wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
+# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations.
 #
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
@@ -219,7 +218,6 @@ def _wanted(valid: Any) -> str:
 
 LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
-LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
 MOST_WARNINGS = 100  # of one stream; more would only repeat them
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -237,10 +235,10 @@ class Damage(FormatError):
 
 
 class Frame(NamedTuple):
-    """The smallest run of audio that may begin or end a window."""
+    """The smallest run of audio that may begin or end a window: a range of bytes of the stream."""
 
-    offset: int  # of its first byte in the session's stream
-    size: int  # bytes
+    offset: int
+    size: int
     seconds: float
     level: float = math.nan  # loudness, about dBFS; NaN where nothing tells, which counts as speech
 
@@ -248,11 +246,10 @@ class Frame(NamedTuple):
 class Format:
     """What all formats are. A subclass gives `step`, which reads one element, and `file`."""
 
-    name = "unknown"
-    extension = media_type = ""  # of the files that `file` makes
-    archive = ("bin", "application/octet-stream")  # extension and media type of the stream as received
+    name, extension, media_type = "unknown", "", ""  # the latter two of the files that `file` makes
+    archive = ("bin", "application/octet-stream")  # the same of the stream as received
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
-    mark: ClassVar[re.Pattern[bytes] | None] = None  # four bytes, where reading can begin again after damage
+    mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
 
     def __init__(self) -> None:
         self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
@@ -292,14 +289,11 @@ class Format:
         """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
         raise NotImplementedError
 
-    def sync(self, damage: Damage) -> Steps:
-        """Drop what comes before the next mark. Without marks, damage ends the stream."""
-        if self.mark is None:
-            raise FormatError(f"Byte {self._begun}: {damage}. {CONVERT}")
-        while not (found := self.mark.search(self.buffer)):
-            self.drop(max(0, len(self.buffer) - 3))
-            yield
-        self.drop(found.start())
+    def sync(self, mark: re.Pattern[bytes]) -> bool:
+        """Drop what comes before the next mark, if it is there."""
+        found = mark.search(self.buffer)
+        self.drop(found.start() if found else max(0, len(self.buffer) - 3))
+        return found is not None
 
     def _run(self) -> Steps:
         while True:
@@ -307,7 +301,10 @@ class Format:
             try:
                 yield from self.step()
             except Damage as damage:
-                yield from self.sync(damage)
+                if self.mark is None:
+                    raise FormatError(f"Byte {self._begun}: {damage}. {CONVERT}") from None
+                while not self.sync(self.mark):
+                    yield
                 if self.offset > self._begun:
                     self.warn(f"Bytes {self._begun} to {self.offset - 1} were skipped: {damage}.")
 
@@ -319,9 +316,17 @@ class Format:
             yield
 
     def take(self, size: int) -> Generator[None, None, bytes]:
-        """Wait for the next bytes."""
         yield from self.need(size)
         return self.drop(size)
+
+    def skip(self, size: int) -> Steps:
+        """Pass over bytes without holding them."""
+        if size > LARGEST_SKIP:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while size > len(self.buffer):
+            size -= len(self.drop(len(self.buffer)))
+            yield
+        self.drop(size)
 
     def drop(self, size: int) -> bytes:
         """Take bytes out of the buffer."""
@@ -329,16 +334,6 @@ class Format:
         del self.buffer[:size]
         self.offset += len(data)
         return data
-
-    def skip(self, size: int) -> Steps:
-        """Pass over bytes without holding them."""
-        if size > LARGEST_SKIP:
-            raise Damage(f"{size} bytes are claimed for one element")
-        end = self.offset + size
-        while self.offset + len(self.buffer) < end:
-            self.drop(len(self.buffer))
-            yield
-        self.drop(end - self.offset)
 
     def warn(self, text: str) -> None:
         """Say what was skipped, but do not flood the client of a damaged stream."""
@@ -355,51 +350,20 @@ ENDLESS = sys.maxsize  # bytes of samples to come, of a stream that does not say
 LIVE_SIZE = 0x7FFF_0000  # from here on, and at 0, the data size of a WAV is a streaming writer's, and no size
 CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
-Decoder = Callable[[bytes, int], memoryview]  # of samples; gives every so-many-th as PCM16
-
-
-def _woven(low: bytes, high: bytes) -> memoryview:
-    samples = bytearray(2 * len(high))
-    samples[0::2], samples[1::2] = low, high
-    return memoryview(samples).cast("h")
-
-
-def _codes(linear: Callable[[int], int]) -> Decoder:
-    """8-bit codes: one `bytes.translate` for the low bytes of the samples, one for the high."""
-    table = struct.pack("<256h", *map(linear, range(256)))
-    low, high = table[0::2], table[1::2]
-    return lambda data, stride: _woven(data[::stride].translate(low), data[::stride].translate(high))
-
-
-def _integers(size: int) -> Decoder:
-    """Integers of more than 16 bits: the two high bytes of each."""
-    return lambda data, stride: _woven(data[size - 2 :: size * stride], data[size - 1 :: size * stride])
-
-
-def _floats(code: str) -> Decoder:
-    """Floats. Beyond full scale they clip; NaN is neither above nor below, and silent."""
-
-    def decode(data: bytes, stride: int) -> memoryview:
-        floats = memoryview(data).cast(code)[::stride]  # type: ignore[call-overload]
-        clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
-        return memoryview(array("h", clipped))
-
-    return decode
-
 
 def _mulaw(code: int) -> int:
-    """ITU-T G.711, mu-law."""
-    code ^= 0xFF
-    magnitude = (((code & 0x0F) << 3) + 0x84 << ((code & 0x70) >> 4)) - 0x84
-    return -magnitude if code & 0x80 else magnitude
+    exponent, step = ~code >> 4 & 7, 2 * (~code & 15) + 33  # ITU-T G.711
+    return ((step << exponent) - 33) * (4 if code & 128 else -4)
 
 
 def _alaw(code: int) -> int:
-    """ITU-T G.711, A-law."""
-    code ^= 0x55
-    segment, step = (code & 0x70) >> 4, ((code & 0x0F) << 4) + 8
-    magnitude = step + 0x100 << segment - 1 if segment else step
-    return magnitude if code & 0x80 else -magnitude
+    exponent, step = (code ^ 0x55) >> 4 & 7, 2 * ((code ^ 0x55) & 15) + 33  # ITU-T G.711
+    return (step << exponent if exponent else 2 * step - 64) * (4 if code & 128 else -4)
+
+
+def _codes(linear: Callable[[int], int]) -> tuple[bytes, bytes]:
+    table = struct.pack("<256h", *map(linear, range(256)))
+    return table[0::2], table[1::2]
 
 
 class Encoding(NamedTuple):
@@ -407,30 +371,43 @@ class Encoding(NamedTuple):
 
     size: int  # bytes of a sample
     tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
-    decode: Decoder
+    codes: tuple[bytes, bytes] | None = None  # low and high bytes of what samples of 8 bits stand for
+
+    def decode(self, data: bytes, n: int = 1) -> memoryview:
+        """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
+        if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
+            return memoryview(data).cast("h")[::n]
+        if self.tag == 3:
+            floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
+            clipped = [round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats]
+            return memoryview(array("h", clipped))
+        low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
+        if self.codes:
+            low, high = map(high.translate, self.codes)
+        samples = bytearray(2 * len(high))
+        samples[0::2], samples[1::2] = low, high
+        return memoryview(samples).cast("h")
 
 
-ENCODINGS = {  # cast and array have the machine's order of bytes: little-endian, wherever this runs
+ENCODINGS = {
     "pcm_u8": Encoding(1, 1, _codes(lambda code: (code - 128) << 8)),
-    "pcm_s16le": Encoding(2, 1, lambda data, stride: memoryview(data).cast("h")[::stride]),
-    "pcm_s24le": Encoding(3, 1, _integers(3)),
-    "pcm_s32le": Encoding(4, 1, _integers(4)),
-    "pcm_f32le": Encoding(4, 3, _floats("f")),
-    "pcm_f64le": Encoding(8, 3, _floats("d")),
+    "pcm_s16le": Encoding(2, 1),
+    "pcm_s24le": Encoding(3, 1),
+    "pcm_s32le": Encoding(4, 1),
+    "pcm_f32le": Encoding(4, 3),
+    "pcm_f64le": Encoding(8, 3),
     "alaw": Encoding(1, 6, _codes(_alaw)),
     "mulaw": Encoding(1, 7, _codes(_mulaw)),
 }
-WAV_ENCODINGS = {(encoding.tag, 8 * encoding.size): name for name, encoding in ENCODINGS.items()}
 
 
 def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
     """The header of a WAV with `size` bytes of samples; RF64 (EBU Tech 3306) where 32 bits cannot hold it."""
     block = encoding.size * channels
     fmt = struct.pack("<HHIIHH", encoding.tag, channels, rate, rate * block, block, 8 * encoding.size)
-    fact = b""
     if encoding.tag != 1:  # all but PCM have a size of extension and a fact chunk
-        fmt, fact = fmt + bytes(2), struct.pack("<4sII", b"fact", 4, min(size // block, 0xFFFF_FFFF))
-    chunks = struct.pack("<4sI", b"fmt ", len(fmt)) + fmt + fact + b"data"
+        fmt += struct.pack("<H4sII", 0, b"fact", 4, min(size // block, 0xFFFF_FFFF))
+    chunks = struct.pack("<4sI", b"fmt ", 16 if encoding.tag == 1 else 18) + fmt + b"data"
     whole = 8 + len(chunks) + size
     if whole <= 0xFFFF_FFFF:
         return struct.pack("<4sI4s", b"RIFF", whole, b"WAVE") + chunks + size.to_bytes(4, "little")
@@ -445,24 +422,23 @@ class Pcm(Format):
 
     def __init__(self, encoding: str, rate: int, channels: int) -> None:
         super().__init__()
-        self._data = self._size = 0  # where the samples begin, and how many bytes of them were read
+        self._begin = self._size = 0  # where the samples begin, and how many bytes of them were read
         self._left = ENDLESS
-        self._declare(encoding, rate, channels)
+        self._declare(ENCODINGS[encoding], rate, channels)
 
-    def _declare(self, encoding: str, rate: int, channels: int) -> None:
-        self.encoding, self.rate, self.channels = ENCODINGS[encoding], rate, channels
-        self.block = self.encoding.size * channels  # bytes of one sample of every channel
+    def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
+        self.encoding, self.rate, self.channels = encoding, rate, channels
+        self.block = encoding.size * channels  # bytes of one sample of every channel
         self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
-        # a level listens to every stride-th sample of a frame: the same ones in each, of all channels in turn
-        samples, most = self._unit // self.encoding.size, rate * channels // LEVEL_HZ
-        self._stride = max(s for s in range(1, most + 1) if samples % s == 0 and math.gcd(s, channels) == 1)
+        # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
+        samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
+        self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
 
     def step(self) -> Steps:
         yield from self.need(self._unit)
         self.found += self._read(self._unit)
 
     def end(self) -> list[Frame]:
-        """The last samples, which do not fill a frame."""
         return self._read(self.block)
 
     def _read(self, multiple: int) -> list[Frame]:
@@ -471,24 +447,24 @@ class Pcm(Format):
         data = self.drop(ready - ready % multiple)
         self._left -= len(data)
         self._size += len(data)
-        frames, unit = [], self._unit
-        samples, spacing = self.encoding.decode(data, self._stride), self._stride * self.encoding.size
+        samples = self.encoding.decode(data, self._nth)
+        frames, unit, spacing = [], self._unit, self._nth * self.encoding.size
         for at in range(0, len(data), unit):
             heard, size = samples[at // spacing : (at + unit) // spacing], min(unit, len(data) - at)
-            power = math.hypot(*heard) / 32768
-            level = 20 * math.log10(power) - 10 * math.log10(len(heard)) if power else SILENT_DB
+            sound = math.hypot(*heard) / 32768
+            level = 20 * math.log10(sound) - 10 * math.log10(len(heard)) if sound else SILENT_DB
             frames.append(Frame(begin + at, size, size / self.block / self.rate, level))
         return frames
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
-        samples = bytes(self.encoding.decode(b"".join(frames[lead:]), 1))
+        samples = bytes(self.encoding.decode(b"".join(frames[lead:])))
         samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
         return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
 
     def stored(self, size: int) -> tuple[bytes, int, int]:
         """A WAV in the stream's own encoding: the samples as received under a correct header."""
-        return wav_header(self.encoding, self.rate, self.channels, self._size), self._data, self._size
+        return wav_header(self.encoding, self.rate, self.channels, self._size), self._begin, self._size
 
 
 class Wav(Pcm):
@@ -503,9 +479,16 @@ class Wav(Pcm):
     def step(self) -> Steps:
         """Read the header, the samples, and what follows them."""
         yield from self.skip(12)
-        size = yield from self._header()
-        self._data = self.offset
-        self._left = ENDLESS if size == 0 or size >= LIVE_SIZE else size - size % self.block
+        kind = fmt = b""
+        while kind != b"data":
+            kind, size = struct.unpack("<4sI", (yield from self.take(8)))
+            if kind == b"fmt ":
+                fmt = yield from self.take(size + size % 2)
+            elif kind != b"data":
+                yield from self.skip(size + size % 2)
+        self._describe(fmt)
+        self._begin = self.offset
+        self._left = ENDLESS if size >= LIVE_SIZE else size - size % self.block
         while self._left >= self._unit:
             yield from super().step()
         yield from self.need(self._left)
@@ -523,42 +506,29 @@ class Wav(Pcm):
             yield from super().step()
 
     def end(self) -> list[Frame]:
-        if not self._data and not self.error:
-            where = self.offset + len(self.buffer)
-            self.error = FormatError(f"Byte {where}: the WAV ends before its samples.")
+        if not self._begin and not self.error:
+            self.error = FormatError(f"Byte {self.offset}: the WAV ends before its samples.")
+        elif not self._size:
+            self._left = ENDLESS  # too few to tell from a chunk
         return super().end()
 
-    def _header(self) -> Generator[None, None, int]:
-        """Read all up to the samples; the size that is claimed for them, in bytes."""
-        known = False
-        while True:
-            kind, size = struct.unpack("<4sI", (yield from self.take(8)))
-            if kind == b"data" and known:
-                return int(size)
-            if kind == b"data" or (kind == b"fmt " and not 16 <= size <= 1024):
-                raise FormatError(f"Byte {self.offset}: the WAV does not say what its samples are.")
-            if kind == b"fmt ":
-                self._read_fmt((yield from self.take(size)))
-                known = True
-            yield from self.skip(size % 2 if kind == b"fmt " else size + size % 2)
-
-    def _read_fmt(self, fmt: bytes) -> None:
-        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16])
+    def _describe(self, fmt: bytes) -> None:
+        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
         if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
             tag = int.from_bytes(fmt[24:26], "little")
-        name = WAV_ENCODINGS.get((tag, bits))
-        if name is None or rate not in RATES or channels not in CHANNELS:
+        encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
+        if not encoding or rate not in RATES or channels not in CHANNELS:
             what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
             limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
             raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
-        self._declare(name, rate, channels)
+        self._declare(encoding, rate, channels)
 
 
 # ---- Opus: packets in, Ogg files out ----
 #
-# Windows of Opus are posted as Ogg files, whatever container the packets came in. A packet is a byte that
-# says what it is (TOC) and one or more frames (RFC 6716, 3). Ogg writes packets into pages; behind a page's
-# header stand laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
+# A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
+# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
+# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
 #
 # Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
 # 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
@@ -567,11 +537,10 @@ class Wav(Pcm):
 # frequencies of the symbols of an alphabet.
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-LARGEST_OPUS_FRAME = 1275  # bytes (3.4)
-LONGEST_PACKET = 5760  # samples, 120 ms (3.4)
-MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
 # Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
 OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def model(*frequencies: int) -> list[int]:
@@ -581,8 +550,7 @@ def model(*frequencies: int) -> list[int]:
 
 def laplace(zero: int, decay: int) -> list[int]:
     """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
-    frequencies = [zero << 7]
-    left = 32768 - frequencies[0]
+    frequencies, left = [zero << 7], 32768 - (zero << 7)
     width = ((left - 32) * (16384 - (decay << 6)) >> 15) + 1  # the 32 leave room for 16 symbols of each sign
     while left > 0:
         frequencies += [min(width, left), max(0, min(width, left - width))]
@@ -608,19 +576,17 @@ CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
 ]
 CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
 CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
-
 SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
     model(7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7),
     *(model(85, 86, 85), model(51, 51, 52, 51, 51)) * 2,
 ]
-SILK_MID_ONLY = model(192, 64)
+SILK_MID_ONLY, SILK_LOW_BITS = model(192, 64), model(1, 1, 1, 1, 1, 1, 1, 1)
 SILK_TYPES = model(26, 230), model(24, 74, 148, 10)  # without and with voice activity
 SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
     model(32, 112, 68, 29, 12, 1, 1, 1),
     model(2, 17, 45, 60, 62, 47, 19, 4),
     model(1, 3, 26, 71, 94, 50, 9, 2),
 )
-SILK_LOW_BITS = model(1, 1, 1, 1, 1, 1, 1, 1)
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
 SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
@@ -631,14 +597,12 @@ class RangeDecoder:
 
     def __init__(self, frame: bytes) -> None:
         self.bytes = (int.from_bytes(frame[:64].ljust(80, b"\0"), "big") >> 1).to_bytes(80, "big")
-        self.at = 4
+        self.at, self.range = 4, 1 << 31
         self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
-        self.range = 1 << 31
 
     def read(self, model: list[int]) -> int:
         """The next symbol, by its place in the alphabet."""
-        total = model[-1]
-        unit = self.range // total
+        unit, total = self.range // model[-1], model[-1]
         place = total - 1 - self.value // unit
         symbol = bisect_right(model, place) if place > 0 else 0
         above = unit * (total - model[symbol])
@@ -667,17 +631,11 @@ def opus_frames(packet: bytes) -> list[bytes]:
     if variable:
         for i in range(count - 1):
             first, second = packet[at : at + 2].ljust(2, b"\0")
-            sizes[i] = first + 4 * second if first >= 252 else first
-            at += 2 if first >= 252 else 1
+            sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
         sizes[-1] = end - at - sum(sizes[:-1])
     if min(sizes) < 0 or max(sizes) > LARGEST_OPUS_FRAME or at + sum(sizes) != end:
         return []
     return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
-
-
-def opus_samples(packet: bytes) -> int:
-    """The duration of a packet, 48 kHz."""
-    return sum(OPUS_SAMPLES[packet[0] >> 3] for _ in opus_frames(packet))
 
 
 def ogg_sum(page: bytes) -> bytes:
@@ -689,8 +647,8 @@ def ogg_sum(page: bytes) -> bytes:
 def ogg_page(flags: int, samples: int, number: int, packets: Sequence[bytes]) -> bytes:
     """A page of whole packets; flags: 2 for the first of a file, 4 for the last."""
     laces = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets)
-    place = samples.to_bytes(8, "little") + b"\1\0\0\0" + number.to_bytes(4, "little")
-    page = b"OggS\0%c%b\0\0\0\0%c%b%b" % (flags, place, len(laces), laces, b"".join(packets))
+    head = struct.pack("<4sxBQIIIB", b"OggS", flags, samples, 1, number, 0, len(laces))
+    page = b"".join([head, laces, *packets])
     return page[:22] + ogg_sum(page) + page[26:]
 
 
@@ -701,8 +659,8 @@ class Opus(Format):
     head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"  # in case the stream has none: two channels, 48 kHz
     energies = [[0.0] * len(CELT_MEANS)] * 2  # of the last CELT frame by channel and band, log2
 
-    def header(self, head: bytes) -> None:
-        """Take an OpusHead; a recording begins."""
+    def begin(self, head: bytes) -> None:
+        """Take an OpusHead: a recording begins."""
         if not head.startswith(b"OpusHead") or len(head) < 19:
             raise Damage("a broken OpusHead")
         self.head, self.energies = head, Opus.energies
@@ -728,9 +686,8 @@ class Opus(Format):
         return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power / len(frames) + 1e-12)))
 
     def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
-        """Loudness in dBFS of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
-        self.energies = Opus.energies
-        read = RangeDecoder(frame).read
+        """The level of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
+        self.energies, read = Opus.energies, RangeDecoder(frame).read
         voices = [[read(EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
         if any(channel.pop() for channel in voices):
             return SILK_COPIED[any(voices[0])]
@@ -743,7 +700,7 @@ class Opus(Format):
         return SILK_LEVELS[kind] + SILK_STEP * (8 * read(SILK_GAINS[kind]) + read(SILK_LOW_BITS))
 
     def _celt(self, frame: bytes, stereo: bool) -> float:
-        """Loudness in dBFS of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
+        """The level of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
         decoder = RangeDecoder(frame)
         read = decoder.read
         if read(RARE):
@@ -768,19 +725,18 @@ class Opus(Format):
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """An Ogg file. Its pre-skip makes the decoder drop the lead, to the sample."""
-        skip = min(65535, sum(map(opus_samples, frames[:lead]))).to_bytes(2, "little")
-        head = self.head[:10] + skip + self.head[12:]
+        durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in frames]
+        head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
         pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
-        samples, room = 0, 255  # laces that the page has room for
         waiting: list[bytes] = []
-        for packet in frames:
-            laces = len(packet) // 255 + 1
-            if laces > room:
+        samples, room = 0, 255  # laces that the page has room for
+        for packet, duration in zip(frames, durations, strict=True):
+            room -= len(packet) // 255 + 1
+            if room < 0:
                 pages.append(ogg_page(0, samples, len(pages), waiting))
-                waiting, room = [], 255
+                waiting, room = [], 254 - len(packet) // 255
             waiting.append(packet)
-            room -= laces
-            samples += opus_samples(packet)
+            samples += duration
         return b"".join([*pages, ogg_page(4, samples, len(pages), waiting)])
 
 
@@ -789,45 +745,34 @@ class OggOpus(Opus):
 
     name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
     inner = re.compile(rb"(?s)OggS\0[\1\5].{20}(.)")  # header of a page that goes on with a packet
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.serial = b""  # of the logical stream that is read
-        self.part, self.part_offset = b"", -1  # of a packet that goes on in the next page; -1 for none
+    serial = b""  # of the logical stream that is read
+    part, part_offset = b"", -1  # of a packet that goes on in the next page; -1 where its beginning is lost
 
     def step(self) -> Steps:
-        """Read one page."""
         yield from self.need(27)
         body = 27 + self.buffer[26] if self.buffer.startswith(b"OggS") else 27
         yield from self.need(body)
-        laces = self.buffer[27:body]
-        yield from self.need(body + sum(laces))
-        page, begin = bytes(self.buffer[: body + sum(laces)]), self.offset
+        laces, offset = self.buffer[27:body], self.offset
+        page = yield from self.take(body + sum(laces))
         if not page.startswith(b"OggS") or ogg_sum(page) != page[22:26]:
-            self.drop(1)
-            self.part_offset = -1
+            self.offset, self.buffer[:0], self.part_offset = offset + 1, page[1:], -1
             raise Damage("no whole page of Ogg")
-        self.drop(len(page))
         if page[5] & 2 and page.startswith(b"OpusHead", body):
             self.serial = page[14:18]
         if page[14:18] != self.serial:
             return
         if not page[5] & 1:
-            self.part, self.part_offset = b"", begin + body
-        start = end = body
+            self.part, self.part_offset = b"", offset + body
         for lace in laces:
-            end += lace
+            self.part += page[body : body + lace]
+            body += lace
             if lace < 255:
-                self.whole(self.part + page[start:end], self.part_offset, begin + end)
-                start, self.part, self.part_offset = end, b"", begin + end
-        self.part = (self.part + page[start:])[:LARGEST_PACKET]
-
-    def whole(self, packet: bytes, offset: int, end: int) -> None:
-        """Take a packet that ends at byte `end`; an offset of -1 says that its beginning is lost."""
-        if packet.startswith(b"OpusHead"):
-            self.header(packet)
-        elif offset >= 0 and not packet.startswith(b"OpusTags"):
-            self.packet(packet, offset, end - offset)
+                if self.part.startswith(b"OpusHead"):
+                    self.begin(self.part)
+                elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
+                    self.packet(self.part, self.part_offset, offset + body - self.part_offset)
+                self.part, self.part_offset = b"", offset + body
+        self.part = self.part[:LARGEST_PACKET]
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """See Opus. Headers of pages are taken out of the packets."""
@@ -846,9 +791,9 @@ class OggOpus(Opus):
 # else is of a size.
 
 EBML, CLUSTER, TRACK = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\xae"
-SEGMENT, TRACKS, BLOCK_GROUP = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xa0"
+CONTAINERS = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xa0", CLUSTER  # Segment, Tracks, BlockGroup
 NUMBER, CODEC, OPUS_HEAD = b"\xd7", b"\x86", b"\x63\xa2"  # in Track: its number, CodecID, CodecPrivate
-BLOCKS = b"\xa3", b"\xa1"  # SimpleBlock, Block
+BLOCKS = b"\xa3", b"\xa1"  # SimpleBlock, Block: the track's number, time (2 bytes), flags, a packet
 # What else stands in clusters and block groups: times, sizes, references, additions, filling, checksums.
 DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75[\xa1\xa2]")
 
@@ -858,14 +803,11 @@ class WebM(Opus):
 
     name, archive = "webm", ("webm", "audio/webm")
     mark = re.compile(re.escape(EBML) + b"|" + re.escape(CLUSTER))
+    track = -1  # first byte of the blocks that are read
+    entry: Mapping[bytes, bytes] = {}  # of the track that is being described
+    entry_end = 0  # offset behind it
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.track = -1  # first byte of the blocks that are read
-        self.entry: dict[bytes, bytes] = {}  # of the track that is being described
-        self.entry_end = 0  # offset behind it
-
-    def number(self, longest: int) -> Generator[None, None, bytes]:
+    def _number(self, longest: int) -> Generator[None, None, bytes]:
         """A number of variable length, still with the bit that marks its length."""
         yield from self.need(1)
         length = 9 - self.buffer[0].bit_length()
@@ -876,38 +818,29 @@ class WebM(Opus):
 
     def step(self) -> Steps:
         """Read one element, or enter it."""
-        element = yield from self.number(4)
-        digits = yield from self.number(8)
+        element, digits = (yield from self._number(4)), (yield from self._number(8))
         size = int.from_bytes(digits, "big") ^ 1 << 7 * len(digits)
         if element in BLOCKS:
-            self.block((yield from self.take(size)), self.offset - size)
+            block = yield from self.take(size)
+            if size < 4 or block[0] != self.track:
+                return
+            if block[3] & 6:
+                raise FormatError(f"Byte {self.offset - size}: blocks with lacing are not read. {CONVERT}")
+            self.packet(block[4:], self.offset - size + 4, size - 4)
         elif element in (NUMBER, CODEC, OPUS_HEAD):
-            self.entry[element] = yield from self.take(size)
-            self.describe()
+            self.entry = entry = {**self.entry, element: (yield from self.take(size))}
+            number = 0x80 | int.from_bytes(entry.get(NUMBER, b""), "big")
+            if entry.get(CODEC) == b"A_OPUS" and number > 0x80 and self.track in (-1, number):
+                self.track = number
+                self.begin(entry.get(OPUS_HEAD, self.head))
         elif element == TRACK:
             self.entry, self.entry_end = {}, self.offset + size
-        elif element not in (SEGMENT, CLUSTER, TRACKS, BLOCK_GROUP):
+        elif element not in CONTAINERS:
             if element == EBML:
                 self.track = -1
             if len(element) < 4 and self.offset >= self.entry_end and not DETAILS.fullmatch(element):
                 raise Damage("no element of WebM")
             yield from self.skip(size)
-
-    def describe(self) -> None:
-        """Choose the track that is being described, as soon as it is known to be the first with Opus."""
-        number = 0x80 | int.from_bytes(self.entry.get(NUMBER, b""), "big")
-        if self.entry.get(CODEC) == b"A_OPUS" and number > 0x80 and self.track in (-1, number):
-            self.track = number
-            if OPUS_HEAD in self.entry:
-                self.header(self.entry[OPUS_HEAD])
-
-    def block(self, block: bytes, offset: int) -> None:
-        """Take a block, which lies at `offset`: the track's number, time (2 bytes), flags, a packet."""
-        if len(block) < 4 or block[0] != self.track:
-            return
-        if block[3] & 6:
-            raise FormatError(f"Byte {offset}: blocks of several packets (lacing) are not read. {CONVERT}")
-        self.packet(block[4:], offset + 4, len(block) - 4)
 
 
 # ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
@@ -922,6 +855,7 @@ MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how oft
 MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
 MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
 MP3_SIDE = {1: 9, 2: 17, 4: 32}  # bytes of side information, by the granules that it describes
+MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
 MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
 MP3_OVERLAP = 2  # frames that sound on in a window behind them
 MP3_FULL_SCALE = -328.0  # dBFS; this and the next two measured
@@ -929,13 +863,13 @@ MP3_GAIN, MP3_BITS = 1.505, 2.0  # dB of a step of the gain; dB by the square ro
 
 
 class MP3Header(NamedTuple):
-    """What the first four bytes of a frame say."""
+    """What the first four bytes of a frame say; all 0 where they are no header."""
 
     size: int = 0  # bytes of the frame
-    rate: int = 0  # Hz; 0 for no header
+    rate: int = 0  # Hz
     samples: int = 0
-    side: int = 0  # place of the side information
-    data: int = 0  # and of the main data behind it
+    side: int = 0  # where the side information begins
+    data: int = 0  # and the main data behind it
     granules: int = 0  # that the side information describes, of all channels
 
 
@@ -954,7 +888,7 @@ def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
 
 def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
     """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
-    for found in re.finditer(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)", data):
+    for found in MP3_MARK.finditer(data):
         at = found.start()
         header = mp3_header(data, at)
         if at + header.size + 3 > len(data):
@@ -978,19 +912,17 @@ class MP3(Format):
     """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
 
     name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
-    lead = 1.0  # seconds of frames in which borrowed bytes may lie
-    rate = 0  # Hz; 0 until a frame is found
-    fresh = True  # the next frame is the first, and may be an Info frame
+    lead, mark = 1.0, MP3_MARK  # seconds of frames in which borrowed bytes may lie
+    rate, fresh = 0, True  # Hz; the next frame is the first, and may be an Info frame
 
     def step(self) -> Steps:
-        """Read one frame or tag."""
         yield from self.need(10)
         header, offset = mp3_header(self.buffer), self.offset
         if self.rate and header.rate == self.rate:
             frame = yield from self.take(header.size)
             if not (self.fresh and re.search(b"Xing|Info|VBRI", frame[:44])):
                 seconds = header.samples / header.rate
-                self.found.append(Frame(offset, header.size, seconds, self.level(frame, header)))
+                self.found.append(Frame(offset, header.size, seconds, self._level(frame, header)))
             self.fresh = False
         elif self.buffer.startswith(b"ID3"):
             tag = yield from self.take(10)
@@ -1001,18 +933,17 @@ class MP3(Format):
         else:
             raise Damage("no frame of MP3")
 
-    def sync(self, damage: Damage) -> Steps:
-        """Go on at the next frame that another one confirms."""
-        while not (found := mp3_search(self.buffer))[1]:
-            self.drop(found[0])
-            yield
-        self.drop(found[0])
-        if self.rate not in (0, found[1]):
+    def sync(self, mark: re.Pattern[bytes]) -> bool:
+        """Drop what comes before the next frame that another one confirms."""
+        at, rate = mp3_search(self.buffer)
+        self.drop(at)
+        if rate and self.rate not in (0, rate):
             raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
-        self.rate = found[1]
+        self.rate = self.rate or rate
+        return rate > 0
 
-    def level(self, frame: bytes, header: MP3Header) -> float:
-        """Loudness of a frame: of its loudest granule, about dBFS."""
+    def _level(self, frame: bytes, header: MP3Header) -> float:
+        """The loudness of the loudest granule, about dBFS."""
         bits, level = int.from_bytes(frame[header.side : header.data], "big"), SILENT_DB
         width = 59 if header.samples == 1152 else 63  # bits of a granule
         for shift in range(width - 29, width * header.granules, width):
@@ -1037,9 +968,11 @@ class MP3(Format):
 # ---- MP4 in fragments: ISO 14496-12 ----
 #
 # Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
-# the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own.
+# the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
+# them is found by its kind: no number that stands there is as large as four letters.
 
 LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
+CLOCK, USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
 
 
 def integer(data: bytes, at: int, size: int = 4) -> int:
@@ -1047,71 +980,53 @@ def integer(data: bytes, at: int, size: int = 4) -> int:
     return int.from_bytes(data[at : at + size], "big")
 
 
-def boxes(data: bytes, path: str) -> Iterator[bytes]:
-    """The contents of the boxes at a path, such as "trak/mdia/mdhd"."""
-    kind, _, rest = path.partition("/")
-    at = 0
-    while at + 8 <= len(data):
-        end = at + max(8, integer(data, at))
-        if data[at + 4 : at + 8] == kind.encode():
-            yield from boxes(data[at + 8 : end], rest) if rest else [data[at + 8 : end]]
-        at = end
-
-
 class FragmentedMP4(Format):
-    """Fragments of one track."""
+    """Fragments of one track. A recording that follows in the stream must tell the same clock."""
 
     name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = b""  # ftyp and moov
-        self.clock, self.usual = 0, 0  # ticks per second; ticks of a sample where its fragment does not say
-        self.moof = -1  # offset of a fragment whose mdat is to come; -1 for none
-        self.seconds = 0.0  # its duration
+    head = b""  # ftyp and moov
+    clock = usual = 0  # ticks per second; ticks of a sample where its fragment does not say
+    moof, seconds = -1, 0.0  # offset and duration of a fragment whose mdat is to come; -1 for none
 
     def step(self) -> Steps:
-        """Read one box."""
         offset = self.offset
-        head = yield from self.take(8)
-        kind, size = head[4:], integer(head, 0) - 8
-        if size == 1 - 8:
-            size = integer((yield from self.take(8)), 0, 8) - 16
-        if size < 0 or not kind.isalnum():
+        size, kind = struct.unpack(">I4s", (yield from self.take(8)))
+        if size == 1:
+            size = integer((yield from self.take(8)), 0, 8) - 8
+        if size < 8 or not kind.isalnum():
             raise Damage("no box of MP4")
         if kind in (b"ftyp", b"moov"):
-            content = yield from self.take(size)
-            self.describe((size + 8).to_bytes(4, "big") + kind + content)
+            content = yield from self.take(size - 8)
+            self._describe(struct.pack(">I4s", size, kind) + content)
         elif kind == b"moof":
-            self.moof, self.seconds = offset, self.duration((yield from self.take(size)))
+            self.moof, self.seconds = offset, self._duration((yield from self.take(size - 8)))
         else:
-            yield from self.skip(size)
+            yield from self.skip(size - 8)
         if kind == b"mdat" and self.moof >= 0:
             self.found.append(Frame(self.moof, self.offset - self.moof, self.seconds))
             self.moof = -1
 
-    def describe(self, box: bytes) -> None:
-        """Take ftyp or moov. Those of a recording that follows in the stream must tell the same clock."""
-        clocks = [integer(mdhd, 12 + 8 * mdhd[0]) for mdhd in boxes(box, "moov/trak/mdia/mdhd") if mdhd]
+    def _describe(self, box: bytes) -> None:
+        clocks = [integer(clock, 0) for clock in re.findall(CLOCK, box)]
         if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
             raise FormatError(f"Byte {self._begun}: a second track, or another clock. {CONVERT}")
         if not self.clock:
             self.head, self.clock = self.head + box, sum(clocks)
-            self.usual = sum(integer(trex, 12) for trex in boxes(box, "moov/mvex/trex"))
+            self.usual = sum(integer(ticks, 0) for ticks in re.findall(USUAL, box))
 
-    def duration(self, moof: bytes) -> float:
+    def _duration(self, moof: bytes) -> float:
         """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
-        tfhd = next(boxes(moof, "traf/tfhd"), b"")
+        tfhd = moof.partition(b"tfhd")[2]
         flags, usual, ticks = integer(tfhd, 1, 3), self.usual, 0
         if flags & 1:
             raise FormatError(f"Byte {self._begun}: fragments with absolute offsets cannot be cut. {CONVERT}")
         if flags & 8:
             usual = integer(tfhd, 8 + 2 * (flags & 2))
-        for trun in boxes(moof, "traf/trun"):
+        for trun in moof.split(b"trun")[1:]:
             flags, count = integer(trun, 1, 3), integer(trun, 4)
             if flags & 0x100:
                 first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
-                each = sorted(integer(trun, at) for at in range(first, len(trun), stride))
+                each = sorted(integer(trun, at) for at in range(first, len(trun), stride)[:count])
                 usual = each[len(each) // 2] if each else 0
             ticks += count * usual
         if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
@@ -1136,66 +1051,53 @@ class FragmentedMP4(Format):
 
 HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
 HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
-FACTS = re.compile(  # how they do: STREAMINFO of FLAC, mvhd of MP4, rate of Vorbis, samples so far in Ogg
-    rb"^fLaC.{14}(?P<flac>.{8})|mvhd\0.{11}(?P<mp4>.{8})"
-    rb"|\x01vorbis.{5}(?P<rate>.{4})|OggS\0.(?P<samples>.{8})",
-    re.DOTALL,
-)
+# How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
+FACTS = rb"(?s)^fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
 class Held(Format):
-    """A stream of which only the size and duration are noted; one frame at the end. `limit` is in bytes."""
+    """A stream that is one frame at its end, if it has no more than `limit` bytes by then."""
+
+    clock = ticks = 0  # ticks per second, and of the whole stream
 
     def __init__(self, name: str, limit: int) -> None:
         super().__init__()
         self.name, self.limit = name, limit
         self.extension, self.media_type = self.archive = name, HELD[name]
-        self.clock, self.ticks = 0, 0  # ticks per second, and of the whole stream
 
     def step(self) -> Steps:
-        """Note the facts, and keep bytes that may be the beginning of one."""
-        for found in FACTS.finditer(self.buffer):
-            self.note(found.lastgroup or "", found[found.lastgroup or 0])
-        self.drop(max(0, len(self.buffer) - 32))
+        for flac, mvhd, duration, vorbis, granule in re.findall(FACTS, self.buffer):
+            facts = int.from_bytes(flac, "big")  # rate (20 bits), channels, depth, samples (36 bits)
+            self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
+            self.ticks = (
+                facts & (1 << 36) - 1 or int.from_bytes(duration or granule[::-1], "big") or self.ticks
+            )
+        self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
         if self.offset + len(self.buffer) > self.limit:
             raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
         yield
 
-    def note(self, fact: str, value: bytes) -> None:
-        """Take what the stream says of its duration."""
-        big, little = int.from_bytes(value, "big"), int.from_bytes(value, "little")
-        if fact == "flac":
-            self.clock, self.ticks = big >> 44, big & (1 << 36) - 1
-        elif fact == "mp4":
-            self.clock, self.ticks = big >> 32, big & (1 << 32) - 1
-        elif fact == "rate":
-            self.clock = little
-        elif value != b"\xff" * 8:
-            self.ticks = little
-
     def end(self) -> list[Frame]:
-        """The whole stream as one frame."""
         size = self.offset + len(self.buffer)
-        if self.error or not size:
-            return []
-        seconds = self.ticks / self.clock if self.clock and self.ticks else size * 8 / HELD_BITRATE
-        return [Frame(0, size, seconds)]
+        guess, claim = size * 8 / HELD_BITRATE, self.ticks / self.clock if self.clock else 0.0
+        seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
+        return [Frame(0, size, seconds)] if size and not self.error else []
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """The stream as it came."""
         return b"".join(frames)
 
 
 # ---- Which format a stream has ----
 
 ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
+LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
 JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stream
 
 
 def recognise(head: bytes, limit: int) -> Format | None:
     """The format of a stream that begins with `head`, yet to be fed; None while more of it is needed to tell.
 
-    A format that cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
+    What cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
     """
     if head[:4] in (b"RIFF", b"RF64"):
         if head[8:12] == b"WAVE":
@@ -1225,29 +1127,28 @@ class Stream:
 
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
-        self._known, self._head, self._limit = name != "auto", b"", limit
+        self._limit, self._head = limit, b""  # the stream as long as it does not tell its format
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are now whole. Errors and warnings are the format's."""
-        if not self._known:
-            self._head += data
+        if type(self.format) is Format and not self.format.error:
+            data = self._head = self._head + data
             try:
-                found = recognise(self._head, self._limit)
+                found = recognise(data, self._limit)
             except FormatError as error:
                 self.format.error = error
                 return []
-            if found is None:
+            if not found:
                 return []
-            self.format, self._known, data, self._head = found, True, self._head, b""
+            self.format, self._head = found, b""
         return self.format.feed(data)
 
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
         if self._head and not self.format.error:
-            self.format.error = FormatError(
-                f"{len(self._head)} bytes do not tell what format they are. {ACCEPTED}."
-            )
-        return self.format.end() if self._known else []
+            what = f"{len(self._head)} bytes do not tell what format they are. {ACCEPTED}."
+            self.format.error = FormatError(what)
+        return self.format.end()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1646,6 +1547,7 @@ class Transcript:
         self.heard = heard  # seconds; all words that end before it are final
         self.resume = heard  # where the next request begins: before `heard` to hear words to align by
         self.end = heard  # of the last segment
+        self.timed = True  # the endpoint gives word times, as far as is known
         self._tail: list[Word] = []  # final words
         self._previous: list[Word] = []  # of the last hypothesis, not final
 
@@ -1670,7 +1572,7 @@ class Transcript:
 
     def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Segment | None, list[Word]]:
         """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
-        words, before = self._fresh(hypothesis, window), self._previous
+        words, before, self.timed = self._fresh(hypothesis, window), self._previous, hypothesis.timed
         count = 0
         if hypothesis.timed:
             texts = [normal(word.text) for word in words if word.end <= window.end - EDGE_SECONDS]
@@ -1754,6 +1656,9 @@ class Whisper:
                 async with asyncio.timeout(self._settings.request_seconds):  # httpx only bounds each read
                     url, files = self._urls[post.options.task], {"file": post.file}
                     response = await self._client.post(url, data=form, files=files)
+                response.stream = httpx.ByteStream(
+                    b""
+                )  # httpx's refers to the response: the audio would stay
             except TimeoutError:
                 raise EndpointError("the endpoint did not answer in time") from None
             except httpx.HTTPError as error:
@@ -1907,7 +1812,8 @@ def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
-DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.993  # per refusal; per success: where they balance, 1 % is refused
+DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
+DISTANCE_MOST = 20.0  # seconds
 DISTANCE_SAMPLE = 60  # requests in a minute below which their number does not tell what the limit is
 SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap on billed seconds: interims are fewer; there are none
 
@@ -1949,10 +1855,10 @@ class Desk:
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
         requests does not count, waiting for a dead endpoint does.
         """
-        until, attempt = math.inf, 0
+        left, attempt = self._settings.deadline_seconds, 0
         while True:
-            async with self._slot(id(usage), until):
-                until = min(until, self._clock() + self._settings.deadline_seconds)
+            async with self._slot(id(usage), math.inf):
+                asked = self._clock()
                 post = prepare()
                 if post is None:
                     return None
@@ -1960,20 +1866,25 @@ class Desk:
                     return await self._ask(usage, post)
                 except EndpointError as error:
                     delay = max(error.wait, _backoff(attempt))
-                    if not error.again or self._clock() + delay > until:
+                    left -= self._clock() - asked + delay
+                    if not error.again or left < 0:
                         raise
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, usage: Usage, post: Post) -> dict[str, Any]:
+    async def interim(self, usage: Usage, prepare: Callable[[], Post]) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(id(usage), self._clock()):
-            return await self._ask(usage, post)
+            return await self._ask(usage, prepare())
 
     def spare(self) -> bool:
         """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
         unused = self._clock() - self._next >= self._distance
         return not self._waiting and not self._failures and unused and self._delay() <= 0
+
+    def failing(self) -> bool:
+        """Whether the circuit is open."""
+        return self._failures >= CIRCUIT_FAILURES
 
     def load(self) -> float:
         """The share of the slots that is taken."""
@@ -2004,11 +1915,11 @@ class Desk:
             self._failures = 0
             if asked >= self._next - self._distance or self._distance == self._least:  # the first of a volley
                 known = MINUTE / max(DISTANCE_SAMPLE, len(self._sent))
-                self._distance = max(self._distance * DISTANCE_GROWTH, known)
+                self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
             self._next = max(self._next, now + (error.wait or self._distance))
         elif error.again:
             self._failures += 1
-            if self._failures >= CIRCUIT_FAILURES:
+            if self.failing():
                 wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES))
                 self._next = max(self._next, now + wait)
 
@@ -2035,7 +1946,7 @@ class Desk:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(until, self._clock() + self._settings.deadline_seconds)):
                     await asyncio.shield(slot)
-            if not slot.done() and (self._clock() >= until or self._failures >= CIRCUIT_FAILURES):
+            if not slot.done() and (self._clock() >= until or self.failing()):
                 raise EndpointError("the endpoint does not answer")
 
     def _grant(self) -> None:
@@ -2056,7 +1967,7 @@ class Desk:
         """Seconds until another request may go out; infinite while that depends on those in flight."""
         while self._sent and self._sent[0] < self._clock() - MINUTE:
             self._sent.popleft()
-        slots = 1 if self._failures >= CIRCUIT_FAILURES else self._settings.concurrency
+        slots = 1 if self.failing() else self._settings.concurrency
         return self._next - self._clock() if self._flying.total() < slots else math.inf
 
 
@@ -2319,8 +2230,8 @@ class Archive:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:  # we may write, and not read
                 return
             raise
-        if found.get("ContentLength") != size:
-            raise ArchiveError(f"the bucket has {found.get('ContentLength')} bytes of {size}")
+        if found.get("ContentLength", size) != size:
+            raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2335,7 +2246,7 @@ class Archive:
 # are one case.
 # ------------------------------------------------------------------------------------------------------------
 
-TICK_SECONDS, INTERIM_TICK_SECONDS = 0.2, 0.1  # between two looks into the inbox
+TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two looks into the inbox: each costs a write
 INBOX_BYTES, INBOX_LIMIT = 1 << 16, 1 << 20  # that are taken in at once; that stop the reader
 RESTORE_BYTES = 1 << 20  # of a spooled stream between two turns of the event loop
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
@@ -2347,8 +2258,9 @@ ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
 FORM_BYTES = 1 << 13  # of a request beside the file
 SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
 INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between interims
-INTERIM_BASE, INTERIM_SLOPE = 0.3, 0.25  # the longer the window, in seconds, the rarer: each posts all of it
-INTERIM_BILL = 2.5  # seconds that are posted for a second of audio, at most
+INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # the longer the window, in seconds, the rarer: each posts all of it
+INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
+FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
 SEND_SECONDS = 20.0  # for a client to take a message
 STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_TAKEN, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # RFC 6455
@@ -2433,7 +2345,7 @@ class Session:
         self.client: Client | None = None
         self.sequence = 0  # of the last transcription
         self.over = False  # no more audio will come
-        self.told = False  # all was said to the client; only the archive may be missing
+        self.told = asyncio.Event()  # all was said to the client; only the archive may be missing
         self._services, self._desk, self._opened = services, services.desk, opened
         self._clock = asyncio.get_running_loop().time
         most = services.settings.upload_bytes - FORM_BYTES
@@ -2731,10 +2643,14 @@ class Session:
         pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
         content = stream.file(pieces, frames.index(window.start))
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
-        room = PROMPT_CHARACTERS - len(options.prompt) - 1
+        file = (f"audio.{stream.extension}", content, stream.media_type)
+        return Post(file, seconds, options, self._prompt(window))
+
+    def _prompt(self, window: Window) -> str:
+        """The client's prompt, and the end of the final text before the window."""
+        room = PROMPT_CHARACTERS - len(self.options.prompt) - 1
         carried = self._transcript.prompt(window.start)[-room:] if room > 0 else ""
-        prompt = f"{options.prompt} {carried}".strip()
-        return Post((f"audio.{stream.extension}", content, stream.media_type), seconds, options, prompt)
+        return f"{self.options.prompt} {carried}".strip()
 
     def _settle(self) -> None:
         """Make the text of windows final, in order."""
@@ -2796,13 +2712,15 @@ class Session:
             return
         busy = self._probing or self._flights or self._waiting
         if busy or not self._desk.spare() or self._spent() >= SHORT_SHARE:
-            if fresh >= INTERIM_MOST and not self._degraded:
+            if (fresh >= INTERIM_MOST or self._desk.failing()) and not self._degraded:
                 self._degraded = True
                 self._status("degraded", "Interim text pauses: the endpoint or the budget is short.")
             return
         window = self._from_context(segmenter.peek())
-        bill = self._usage.posted + 2 * (window.end - window.start)  # with its final
-        if window.speech >= MIN_SPEECH_SECONDS and bill <= INTERIM_BILL * segmenter.now:
+        length = window.end - window.start
+        final = min(length, FINAL_SECONDS) if self._transcript.timed else length  # is still to be posted
+        affordable = self._usage.posted + length + final <= INTERIM_BILL * segmenter.now
+        if affordable and window.speech >= MIN_SPEECH_SECONDS:
             self._asked, self._degraded = segmenter.now, False
             self._probe, self._probing = Flight(window), True
             self._tasks.create_task(self._ask(self._probe))
@@ -2820,9 +2738,9 @@ class Session:
 
     async def _ask(self, probe: Flight) -> None:
         try:
-            post = self._post(probe.window)
-            hypothesis = read_answer(await self._desk.interim(self._usage, post), probe.window)
-            if echoes(hypothesis, post.prompt):
+            answer = await self._desk.interim(self._usage, lambda: self._post(probe.window))
+            hypothesis = read_answer(answer, probe.window)
+            if echoes(hypothesis, self._prompt(probe.window)):
                 raise EndpointError("the endpoint repeats the prompt")
             probe.outcome = hypothesis
         except EndpointError as error:
@@ -2862,9 +2780,9 @@ class Session:
             await asyncio.wait({upload}, timeout=self._services.settings.archive_seconds)
             self._announce()
             client = self.client
-        if client:
-            await client.done.wait()
-        self.told = True
+            if client:
+                await client.done.wait()
+            self.told.set()
         delay = STORE_LEAST
         while not self._stored:
             await asyncio.sleep(delay)
@@ -3061,11 +2979,12 @@ class Server:
     async def _drain(self) -> None:
         """Send clients to the next process, finish what has ended, and leave the rest in the spool."""
         self._draining = True
-        sessions = list(self._sessions.values())
-        for session in sessions:
+        waits = []
+        for session in list(self._sessions.values()):
             session.drain()
-        waits: list[asyncio.Task[Any]] = [self._works[s.id] for s in sessions if s.over and not s.told]
-        waits += [self._tasks.create_task(s.client.done.wait()) for s in sessions if s.client and not s.over]
+            done = session.told if session.over else session.client and session.client.done
+            if done:
+                waits.append(self._tasks.create_task(done.wait()))
         if waits:
             log.info("draining %d sessions", len(waits))
             await asyncio.wait(waits, timeout=self._settings.drain_seconds)
@@ -3171,6 +3090,7 @@ class Server:
             session.fail("The session failed. What was received is safe: resume later.")
         finally:
             del self._sessions[session.id], self._works[session.id]
+            session.told.set()
             session.recording.release()
 
     async def _sweep(self) -> None:
