@@ -1303,6 +1303,8 @@ class Segmenter:
 
     def flush(self) -> list[Window]:
         """End the open window here."""
+        if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
+            self.start = max(0.0, self.now - MIN_POST_SECONDS)
         return self._close(self.now, clean=True) if self.open else []
 
     def peek(self) -> Window:
@@ -1327,7 +1329,10 @@ class Segmenter:
         width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
         powers = [0.0, *accumulate(1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels)]
         quietest = min(range(len(ends) - width + 1), key=lambda i: (powers[i + width] - powers[i], -i))
-        return self._close(ends[quietest + (width - 1) // 2], clean=False)
+        whole = (
+            len(self._frames.ends) == self._frames.index(self.start) + 1
+        )  # one frame: there is no better cut
+        return self._close(ends[quietest + (width - 1) // 2], clean=whole)
 
     def _close(self, end: float, clean: bool) -> list[Window]:
         window = self._window(end, clean)

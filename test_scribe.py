@@ -2919,6 +2919,37 @@ def test_loudness_of_real_recordings(name: str) -> None:
 # Compressed streams, end to end: the endpoint decodes what it is posted, and hears the words
 
 
+@pytest.mark.parametrize("codec", ["flac", "m4a", "mp4"])
+def test_a_frame_may_be_longer_than_a_window(codec: Codec) -> None:
+    speech = speak(chatter(random.Random(7), 60, (0.1, 0.3)), 48000, noise_db=-55, dips=0, seed=7)
+    audio = encode(speech.samples, speech.rate, codec, 64000)
+
+    async def scene(uri: str, endpoint: Endpoint) -> Result:
+        return await talk(uri, audio)
+
+    result = with_server(scene)
+    assert_protocol(result.messages)
+    assert result.words == speech.texts and result.codes == [1000]
+
+
+def test_a_forced_cut_may_be_the_last_that_comes() -> None:
+    """Run-on speech of every length around the limit of a window."""
+    speech = speak(chatter(random.Random(5), 60, (0.03,)), 16000, noise_db=-55, dips=0, seed=5)
+
+    def scene_of(seconds: float) -> Callable[[str, Endpoint], Coroutine[Any, Any, Result]]:
+        async def scene(uri: str, endpoint: Endpoint) -> Result:
+            audio = raw(speech.samples)[: int(seconds * 16000) * 2]
+            return await talk(with_options(uri, format="pcm_s16le"), audio)
+
+        return scene
+
+    for hundredths in range(1496, 1520, 2):
+        result = with_server(scene_of(hundredths / 100))
+        spoken = [word.text for word in speech.words if word.end < hundredths / 100 - 0.02]
+        damage = compare(spoken, result.words)
+        assert not damage.lost and not damage.doubled and len(damage.broken) <= 2, (hundredths, damage)
+
+
 @pytest.mark.parametrize("interim", [False, True])
 @pytest.mark.parametrize("codec", ["webm", "ogg", "mp3", "mp4", "flac", "m4a"])
 def test_every_codec_gives_the_words_of_the_wav(codec: Codec, interim: bool) -> None:
