@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import email.utils
 import errno
@@ -3144,6 +3145,15 @@ async def run(settings: Settings) -> None:
             await archive.close()
 
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
+def give_memory_back() -> None:
+    """Have glibc map large blocks: it would come to keep those of windows and uploads for reuse."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
+
+
 def main() -> int:
     """The command: 0 after a clean stop, 1 if it cannot listen, 2 for settings that cannot be used."""
     try:
@@ -3158,6 +3168,7 @@ def main() -> int:
         loop: Callable[[], asyncio.AbstractEventLoop] | None = None
         if importlib.util.find_spec("uvloop"):
             loop = importlib.import_module("uvloop").new_event_loop
+        give_memory_back()
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(run(settings))
     except (ValueRefused, OSError) as error:
