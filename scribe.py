@@ -1,15 +1,33 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["websockets>=15", "httpx>=0.27", "aiobotocore>=2.19"]
+# dependencies = ["websockets>=17", "httpx>=0.27", "aiobotocore>=2.19"]
 # ///
 """scribe: live speech to text over one WebSocket.
 
 A client streams audio to /ws. scribe cuts it into windows at the pauses, posts each window to a Whisper
 endpoint (/v1/audio/transcriptions), streams the text back, and keeps recording and transcript in S3.
 
-The file reads in the order in which audio passes through it: settings, formats, segmenter, transcript,
-endpoint, desk, spool, archive, session, server, main. Formats, segmenter and transcript are pure: bytes and
-values in, values out; they know no socket, no clock and no file.
+The path of the audio, from here to `main`:
+    Settings    what the operator decides, and what a client does
+    Formats     bytes to frames and frames to files; PCM and WAV; the stream of a session
+    Segmenter   frames to windows: what is speech, and what ends a window
+    Transcript  answers to text: what is final
+    Endpoint    one request to Whisper
+    Desk        who may ask the endpoint, and when
+    Budget      what may be spent
+    Spool       audio and journal of each session: what has happened, and goes on after a crash
+    Archive     recording and transcript to S3
+    Interims    when text is asked for before it is final, and what becomes of it
+    Client      what one connection is told
+    Session     one transcription: the loop in which all of this meets
+    Ending      what is left to do when its audio is over
+    Server      the handshake, the sweep of the spool, the way down, and `main`
+Behind it, each readable alone: what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what
+is held until the end; recognising a stream; offline recognition.
+
+Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
+paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
+or file: values in, values out. Each piece of state has one owner; others ask it.
 """
 
 from __future__ import annotations
@@ -47,9 +65,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import httpx
@@ -62,13 +80,14 @@ T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings, by which the operator decides, and options, by which a client does: two frozen dataclasses, read
-# from text by one function. A setting is an environment variable (its name in capitals) and a flag (with
-# dashes; the flag wins). Secrets have no flag: every user of a machine sees its command lines. An option is a
-# query parameter. Whatever cannot be used is refused by name.
+# from text by one function. A setting is a field of `Settings`, an environment variable (its name in
+# capitals) and a flag (with dashes; the flag wins). Secrets have no flag: every user of a machine sees its
+# command lines. An option is a query parameter. Whatever cannot be used is refused by name.
 # ------------------------------------------------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
-URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,4}|:[1-5]\d{4})?(/\S*)?")
+URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/\S*)?")
+HEADER = re.compile("[A-Za-z0-9-]+")
 RAW_FORMATS = ("pcm_s16le", "pcm_f32le", "mulaw", "alaw")
 RATES, CHANNELS = range(8000, 192_001), range(1, 9)  # of audio, in Hz; and how many
 PROMPT_CHARACTERS = 896  # Whisper reads the last 224 tokens of a prompt
@@ -91,9 +110,7 @@ class Settings:
     openai_api_key: str = value("", "key of the endpoint", re.compile("[!-~]*"), secret=True)
     openai_base_url: str = value(OPENAI_URL, "base URL of the endpoint", URL)
     endpoint_url: str = value("", "full URL, where it is not BASE/audio/transcriptions", URL)
-    key_header: str = value(
-        "Authorization", "header for the key; any but Authorization has it bare", re.compile("[A-Za-z0-9-]+")
-    )
+    key_header: str = value("Authorization", "header for the key; any but Authorization has it bare", HEADER)
     model: str = value("whisper-1", "model that the endpoint is asked for")
     offline: bool = value(False, "PocketSphinx in place of an endpoint: English only, and rough")
     host: str = value("localhost", "address to listen on")
@@ -128,9 +145,8 @@ class Settings:
                 continue
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if item.default is False else {}
             parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
-        texts = {
-            item.name: environment.get(item.name.upper(), "").strip() for item in dataclasses.fields(cls)
-        }
+        names = [item.name for item in dataclasses.fields(cls)]
+        texts = {name: environment.get(name.upper(), "").strip() for name in names}
         texts |= {name: text for name, text in vars(parser.parse_args(arguments)).items() if text}
         settings = read_values(cls, {name: text for name, text in texts.items() if text}, str.upper)
         hosted = settings.openai_base_url == OPENAI_URL and not settings.endpoint_url
@@ -184,24 +200,18 @@ def read_values(cls: type[T], given: Mapping[str, str], shown: Callable[[str], s
         except (KeyError, ValueError):
             wanted = "true or false" if kind is bool else "a number"
             raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}") from None
-        if not _is_valid(values[item.name], valid):
-            raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {_wanted(valid)}")
+        if wanted := _wanted(values[item.name], valid):
+            raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}")
     return cls(**values)
 
 
-def _is_valid(found: Any, valid: Any) -> bool:
+def _wanted(found: Any, valid: Any) -> str:
+    """What would be valid in place of a value; nothing if it is."""
     if isinstance(valid, re.Pattern):
-        return bool(valid.fullmatch(found))
-    if isinstance(found, float):
-        return bool(valid[0] <= found <= valid[1])
-    return valid is None or found in valid
-
-
-def _wanted(valid: Any) -> str:
-    if isinstance(valid, re.Pattern):
-        return f"of the form {valid.pattern}"
-    ends = isinstance(valid, range) or not isinstance(valid[0], str)
-    return f"between {valid[0]} and {valid[-1]}" if ends else f"one of {', '.join(valid)}"
+        return "" if valid.fullmatch(found) else f"of the form {valid.pattern}"
+    if isinstance(valid, range) or isinstance(found, float):
+        return "" if valid[0] <= found <= valid[-1] else f"between {valid[0]} and {valid[-1]}"
+    return "" if valid is None or found in valid else f"one of {', '.join(valid)}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,30 +219,20 @@ def _wanted(valid: Any) -> str:
 #
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
-# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations.
+# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
+# cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
 #
-# A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
-# stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
-# limit, so the buffer never holds more. What cannot be read is skipped up to the next mark that the format
-# knows, with a warning; a format without marks ends there, and `error` says why. The frames before it stand.
+# Reading can also begin in mid-stream, at a `place`: what must be known of all that came before it stands
+# between `origin` and the first frame from there on. So a long stream is read back without its middle.
 # ------------------------------------------------------------------------------------------------------------
 
-LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
-LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
-MOST_WARNINGS = 100  # of one stream; more would only repeat them
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
-Steps = Generator[None, None, None]
-
 
 class FormatError(Exception):
     """The stream cannot be read further; the message says where (byte) and what to do."""
-
-
-class Damage(FormatError):
-    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
 
 
 class Frame(NamedTuple):
@@ -245,38 +245,44 @@ class Frame(NamedTuple):
 
 
 class Format:
-    """What all formats are. A subclass gives `step`, which reads one element, and `file`."""
+    """What all formats are. A subclass gives `parse` and `file`."""
 
     name, extension, media_type = "unknown", "", ""  # the latter two of the files that `file` makes
     archive = ("bin", "application/octet-stream")  # the same of the stream as received
+    posted_rate = 0  # bytes a second of the files that `file` makes; 0 where the audio decides
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
-    mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
 
     def __init__(self) -> None:
         self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
         self.error: FormatError | None = None  # the stream cannot be read further
         self.offset, self.buffer = 0, bytearray()  # what is not yet read, and where in the stream it begins
-        self.found: list[Frame] = []  # since the last call of `feed`
-        self._begun = self._warned = 0  # where the element begins that is being read; how many warnings
-        self._steps = self._run()
+        self.origin, self._heard = 0, -1  # where the recording begins that is being read, and its last frame
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are whole with the next piece of the stream, of any size."""
-        if self.error is None:
-            self.buffer += data
-            try:
-                next(self._steps)
-            except FormatError as error:
-                self.error = error
-                self.buffer.clear()
-        frames, self.found = self.found, []
+        if self.error:
+            return []
+        self.buffer += data
+        frames = self.parse()
+        self._heard = frames[-1].offset if frames else self._heard
         return frames
+
+    def parse(self) -> list[Frame]:
+        """Take whole frames out of the buffer."""
+        return []
 
     def end(self) -> list[Frame]:
         """The frames that are whole because the stream is over."""
-        if self.error is None and self._begun < self.offset + len(self.buffer):
-            self.warn(f"The stream breaks off in what begins at byte {self._begun}; that part is not used.")
         return []
+
+    def place(self) -> int | None:
+        """Where reading may begin again; None where what stands at `origin` is not enough for that."""
+        return self.offset if self._heard >= self.origin else None
+
+    def jump(self, offset: int) -> None:
+        """Go on at a place, or begin at an origin. What lies before it is not read."""
+        self.buffer.clear()
+        self.offset = offset
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
@@ -286,49 +292,6 @@ class Format:
         """The recording of a stream of `size` bytes: a header, and offset and size of what is behind it."""
         return b"", 0, size
 
-    def step(self) -> Steps:
-        """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
-        raise NotImplementedError
-
-    def sync(self, mark: re.Pattern[bytes]) -> bool:
-        """Drop what comes before the next mark, if it is there."""
-        found = mark.search(self.buffer)
-        self.drop(found.start() if found else max(0, len(self.buffer) - 3))
-        return found is not None
-
-    def _run(self) -> Steps:
-        while True:
-            self._begun = self.offset
-            try:
-                yield from self.step()
-            except Damage as damage:
-                if self.mark is None:
-                    raise FormatError(f"Byte {self._begun}: {damage}. {CONVERT}") from None
-                while not self.sync(self.mark):
-                    yield
-                if self.offset > self._begun:
-                    self.warn(f"Bytes {self._begun} to {self.offset - 1} were skipped: {damage}.")
-
-    def need(self, size: int) -> Steps:
-        """Wait until the buffer holds so many bytes."""
-        if size > LARGEST_TAKE:
-            raise Damage(f"{size} bytes are claimed for one element")
-        while len(self.buffer) < size:
-            yield
-
-    def take(self, size: int) -> Generator[None, None, bytes]:
-        yield from self.need(size)
-        return self.drop(size)
-
-    def skip(self, size: int) -> Steps:
-        """Pass over bytes without holding them."""
-        if size > LARGEST_SKIP:
-            raise Damage(f"{size} bytes are claimed for one element")
-        while size > len(self.buffer):
-            size -= len(self.drop(len(self.buffer)))
-            yield
-        self.drop(size)
-
     def drop(self, size: int) -> bytes:
         """Take bytes out of the buffer."""
         data = bytes(self.buffer[:size])
@@ -336,84 +299,12 @@ class Format:
         self.offset += len(data)
         return data
 
-    def warn(self, text: str) -> None:
-        """Say what was skipped, but do not flood the client of a damaged stream."""
-        self._warned += 1
-        if self._warned <= MOST_WARNINGS:
-            self.warnings.append(text)
 
-
-# ---- PCM and WAV: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16
+# ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
 
 FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
 LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
-ENDLESS = sys.maxsize  # bytes of samples to come, of a stream that does not say
-LIVE_SIZE = 0x7FFF_0000  # from here on, and at 0, the data size of a WAV is a streaming writer's, and no size
-CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
-
-
-def _mulaw(code: int) -> int:
-    exponent, step = ~code >> 4 & 7, 2 * (~code & 15) + 33  # ITU-T G.711
-    return ((step << exponent) - 33) * (4 if code & 128 else -4)
-
-
-def _alaw(code: int) -> int:
-    exponent, step = (code ^ 0x55) >> 4 & 7, 2 * ((code ^ 0x55) & 15) + 33  # ITU-T G.711
-    return (step << exponent if exponent else 2 * step - 64) * (4 if code & 128 else -4)
-
-
-def _codes(linear: Callable[[int], int]) -> tuple[bytes, bytes]:
-    table = struct.pack("<256h", *map(linear, range(256)))
-    return table[0::2], table[1::2]
-
-
-class Encoding(NamedTuple):
-    """How samples are written."""
-
-    size: int  # bytes of a sample
-    tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
-    codes: tuple[bytes, bytes] | None = None  # low and high bytes of what samples of 8 bits stand for
-
-    def decode(self, data: bytes, n: int = 1) -> memoryview:
-        """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
-        if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
-            return memoryview(data).cast("h")[::n]
-        if self.tag == 3:
-            floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
-            clipped = [round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats]
-            return memoryview(array("h", clipped))
-        low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
-        if self.codes:
-            low, high = map(high.translate, self.codes)
-        samples = bytearray(2 * len(high))
-        samples[0::2], samples[1::2] = low, high
-        return memoryview(samples).cast("h")
-
-
-ENCODINGS = {
-    "pcm_u8": Encoding(1, 1, _codes(lambda code: (code - 128) << 8)),
-    "pcm_s16le": Encoding(2, 1),
-    "pcm_s24le": Encoding(3, 1),
-    "pcm_s32le": Encoding(4, 1),
-    "pcm_f32le": Encoding(4, 3),
-    "pcm_f64le": Encoding(8, 3),
-    "alaw": Encoding(1, 6, _codes(_alaw)),
-    "mulaw": Encoding(1, 7, _codes(_mulaw)),
-}
-
-
-def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
-    """The header of a WAV with `size` bytes of samples; RF64 (EBU Tech 3306) where 32 bits cannot hold it."""
-    block = encoding.size * channels
-    fmt = struct.pack("<HHIIHH", encoding.tag, channels, rate, rate * block, block, 8 * encoding.size)
-    if encoding.tag != 1:  # all but PCM have a size of extension and a fact chunk
-        fmt += struct.pack("<H4sII", 0, b"fact", 4, min(size // block, 0xFFFF_FFFF))
-    chunks = struct.pack("<4sI", b"fmt ", 16 if encoding.tag == 1 else 18) + fmt + b"data"
-    whole = 8 + len(chunks) + size
-    if whole <= 0xFFFF_FFFF:
-        return struct.pack("<4sI4s", b"RIFF", whole, b"WAVE") + chunks + size.to_bytes(4, "little")
-    ds64 = struct.pack("<4sIQQQI", b"ds64", 28, whole + 36, size, size // block, 0)
-    return b"RF64\xff\xff\xff\xffWAVE" + ds64 + chunks + b"\xff\xff\xff\xff"
+ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
 
 
 class Pcm(Format):
@@ -423,38 +314,35 @@ class Pcm(Format):
 
     def __init__(self, encoding: str, rate: int, channels: int) -> None:
         super().__init__()
-        self._begin = self._size = 0  # where the samples begin, and how many bytes of them were read
-        self._left = ENDLESS
+        self._first_sample, self._end = 0, ENDLESS  # where the samples begin and end
         self._declare(ENCODINGS[encoding], rate, channels)
 
     def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
         self.encoding, self.rate, self.channels = encoding, rate, channels
+        self.posted_rate = 2 * rate * channels
         self.block = encoding.size * channels  # bytes of one sample of every channel
         self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
         # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
         samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
         self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
 
-    def step(self) -> Steps:
-        yield from self.need(self._unit)
-        self.found += self._read(self._unit)
+    def parse(self) -> list[Frame]:
+        return self._read() if len(self.buffer) >= min(self._unit, self._end - self.offset) else []
 
     def end(self) -> list[Frame]:
-        return self._read(self.block)
+        return self._read()
 
-    def _read(self, multiple: int) -> list[Frame]:
-        """Frames of the samples in the buffer, as far as they are a multiple of so many bytes."""
-        begin, ready = self.offset, min(self._left, len(self.buffer))
-        data = self.drop(ready - ready % multiple)
-        self._left -= len(data)
-        self._size += len(data)
-        samples = self.encoding.decode(data, self._nth)
-        frames, unit, spacing = [], self._unit, self._nth * self.encoding.size
-        for at in range(0, len(data), unit):
-            heard, size = samples[at // spacing : (at + unit) // spacing], min(unit, len(data) - at)
-            sound = math.hypot(*heard) / 32768
-            level = 20 * math.log10(sound) - 10 * math.log10(len(heard)) if sound else SILENT_DB
-            frames.append(Frame(begin + at, size, size / self.block / self.rate, level))
+    def _read(self) -> list[Frame]:
+        """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
+        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
+        unit = max(self.block, min(self._unit, ready - ready % self.block))
+        data = self.drop(ready - ready % unit)
+        count = -(-unit // self.encoding.size // self._nth)
+        seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
+        for heard in self.encoding.listen(data, self._nth, count):
+            sound = math.hypot(*heard) / full
+            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
+            at += unit
         return frames
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
@@ -465,662 +353,19 @@ class Pcm(Format):
 
     def stored(self, size: int) -> tuple[bytes, int, int]:
         """A WAV in the stream's own encoding: the samples as received under a correct header."""
-        return wav_header(self.encoding, self.rate, self.channels, self._size), self._begin, self._size
+        size = min(self.offset, self._end) - self._first_sample
+        return wav_header(self.encoding, self.rate, self.channels, size), self._first_sample, size
 
 
-class Wav(Pcm):
-    """A WAV as it is streamed: any encoding, rate and channels. Sizes are believed where they can be true."""
+# ---- The stream of a session
 
-    name = "wav"
 
-    def __init__(self) -> None:
-        super().__init__("pcm_s16le", 16000, 1)
-        self._left = 0
+class Mark(NamedTuple):
+    """Where reading may begin again: what is found from `place` on begins at `seconds`."""
 
-    def step(self) -> Steps:
-        """Read the header, the samples, and what follows them."""
-        yield from self.skip(12)
-        kind = fmt = b""
-        while kind != b"data":
-            kind, size = struct.unpack("<4sI", (yield from self.take(8)))
-            if kind == b"fmt ":
-                fmt = yield from self.take(size + size % 2)
-            elif kind != b"data":
-                yield from self.skip(size + size % 2)
-        self._describe(fmt)
-        self._begin = self.offset
-        self._left = ENDLESS if size >= LIVE_SIZE else size - size % self.block
-        while self._left >= self._unit:
-            yield from super().step()
-        yield from self.need(self._left)
-        self.found += self._read(self.block)
-        padding = size % self.block + size % 2
-        yield from self.need(padding + 8)
-        behind = bytes(self.buffer[padding : padding + 8])
-        if behind.startswith(b"RIFF"):
-            raise FormatError(f"Byte {self.offset}: a second WAV begins; one is transcribed in a session.")
-        while CHUNK.fullmatch(behind):  # no more samples
-            self.drop(len(self.buffer))
-            yield
-        self._left = ENDLESS  # the writer never came back to correct the size
-        while True:
-            yield from super().step()
-
-    def end(self) -> list[Frame]:
-        if not self._begin and not self.error:
-            self.error = FormatError(f"Byte {self.offset}: the WAV ends before its samples.")
-        elif not self._size:
-            self._left = ENDLESS  # too few to tell from a chunk
-        return super().end()
-
-    def _describe(self, fmt: bytes) -> None:
-        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
-        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
-            tag = int.from_bytes(fmt[24:26], "little")
-        encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
-        if not encoding or rate not in RATES or channels not in CHANNELS:
-            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
-            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
-            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
-        self._declare(encoding, rate, channels)
-
-
-# ---- Opus: packets in, Ogg files out ----
-#
-# A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
-# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
-# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
-#
-# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
-# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
-# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
-# energies from the frame before, so every packet must be seen, in order. A model is the cumulative
-# frequencies of the symbols of an alphabet.
-
-LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
-# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
-OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
-MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def model(*frequencies: int) -> list[int]:
-    """The model of symbols of these frequencies."""
-    return list(accumulate(frequencies))
-
-
-def laplace(zero: int, decay: int) -> list[int]:
-    """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
-    frequencies, left = [zero << 7], 32768 - (zero << 7)
-    width = ((left - 32) * (16384 - (decay << 6)) >> 15) + 1  # the 32 leave room for 16 symbols of each sign
-    while left > 0:
-        frequencies += [min(width, left), max(0, min(width, left - width))]
-        left -= 2 * width
-        width = ((width - 1) * (decay << 7) >> 15) + 1
-    return model(*frequencies)
-
-
-EVEN, EIGHTH, RARE = model(1, 1), model(7, 1), model(32767, 1)  # flags, by how often they are set
-OCTAVE, TAPSET = model(1, 1, 1, 1, 1, 1), model(2, 1, 1)
-CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
-CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
-# Probability of 0 and decay: of energies predicted from the last frame, and of those that are not (intra).
-CELT_ZEROS = (42, 96, 108, 111, 117, 123, 120, 119, 127, 134, 139, 147, 152)
-CELT_DECAYS = (121, 66, 43, 40, 44, 32, 36, 33, 33, 34, 21, 23, 20)
-CELT_INTRA_ZEROS = (22, 63, 74, 84, 92, 103, 96, 96, 101, 107, 113, 118, 125)
-CELT_INTRA_DECAYS = (178, 114, 82, 83, 82, 62, 72, 67, 73, 72, 55, 52, 52)
-CELT_INTER = 0.5, 0.2, list(map(laplace, CELT_ZEROS, CELT_DECAYS))  # alpha, beta, models
-CELT_INTRA = 0.0, 0.15, list(map(laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECAYS))
-CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
-    4 ** (mean / 16) / (1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240))
-    for mean, (low, high) in zip(CELT_MEANS, pairwise(CELT_EDGES), strict=True)
-]
-CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
-CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
-SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
-    model(7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7),
-    *(model(85, 86, 85), model(51, 51, 52, 51, 51)) * 2,
-]
-SILK_MID_ONLY, SILK_LOW_BITS = model(192, 64), model(1, 1, 1, 1, 1, 1, 1, 1)
-SILK_TYPES = model(26, 230), model(24, 74, 148, 10)  # without and with voice activity
-SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
-    model(32, 112, 68, 29, 12, 1, 1, 1),
-    model(2, 17, 45, 60, 62, 47, 19, 4),
-    model(1, 3, 26, 71, 94, 50, 9, 2),
-)
-SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
-SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
-SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
-
-
-class RangeDecoder:
-    """Symbols out of the first 64 bytes of a frame, which is more than any level takes."""
-
-    def __init__(self, frame: bytes) -> None:
-        self.bytes = (int.from_bytes(frame[:64].ljust(80, b"\0"), "big") >> 1).to_bytes(80, "big")
-        self.at, self.range = 4, 1 << 31
-        self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
-
-    def read(self, model: list[int]) -> int:
-        """The next symbol, by its place in the alphabet."""
-        unit, total = self.range // model[-1], model[-1]
-        place = total - 1 - self.value // unit
-        symbol = bisect_right(model, place) if place > 0 else 0
-        above = unit * (total - model[symbol])
-        self.value -= above
-        self.range = unit * (model[symbol] - model[symbol - 1]) if symbol else self.range - above
-        while self.range <= 1 << 23:
-            self.range <<= 8
-            self.value = (self.value << 8 | 255 - self.bytes[self.at]) & 0x7FFFFFFF
-            self.at += 1
-        return symbol
-
-
-def opus_frames(packet: bytes) -> list[bytes]:
-    """The frames of a packet; none where it breaks a rule of RFC 6716, 3.4."""
-    if not packet:
-        return []
-    code, at, end = packet[0] & 3, 1, len(packet)
-    count, variable = (1, 2, 2, 0)[code], code == 2
-    if code == 3 and at < end:
-        count, variable, padded, at = packet[1] & 63, packet[1] > 127, packet[1] & 64 > 0, 2
-        while padded and at < len(packet):
-            padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
-    if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= LONGEST_PACKET:
-        return []
-    sizes = [(end - at) // count] * count
-    if variable:
-        for i in range(count - 1):
-            first, second = packet[at : at + 2].ljust(2, b"\0")
-            sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
-        sizes[-1] = end - at - sum(sizes[:-1])
-    if min(sizes) < 0 or max(sizes) > LARGEST_OPUS_FRAME or at + sum(sizes) != end:
-        return []
-    return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
-
-
-def ogg_sum(page: bytes) -> bytes:
-    """A page's checksum: that of zlib, but with the bits of bytes mirrored, and without its inversions."""
-    value = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return value.to_bytes(4, "big").translate(MIRRORED)
-
-
-def ogg_page(flags: int, samples: int, number: int, packets: Sequence[bytes]) -> bytes:
-    """A page of whole packets; flags: 2 for the first of a file, 4 for the last."""
-    laces = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets)
-    head = struct.pack("<4sxBQIIIB", b"OggS", flags, samples, 1, number, 0, len(laces))
-    page = b"".join([head, laces, *packets])
-    return page[:22] + ogg_sum(page) + page[26:]
-
-
-class Opus(Format):
-    """Opus in some container. Every packet is a frame."""
-
-    extension, media_type, lead = "ogg", "audio/ogg", 0.08
-    head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"  # in case the stream has none: two channels, 48 kHz
-    energies = [[0.0] * len(CELT_MEANS)] * 2  # of the last CELT frame by channel and band, log2
-
-    def begin(self, head: bytes) -> None:
-        """Take an OpusHead: a recording begins."""
-        if not head.startswith(b"OpusHead") or len(head) < 19:
-            raise Damage("a broken OpusHead")
-        self.head, self.energies = head, Opus.energies
-
-    def packet(self, packet: bytes, offset: int, size: int) -> None:
-        """Take a packet that lies at `offset` of the stream, in `size` bytes."""
-        frames = opus_frames(packet) if size < LARGEST_PACKET else []
-        if not frames:
-            self.warn(f"Bytes {offset} to {offset + size - 1} were skipped: they are no packet of Opus.")
-            return
-        level = math.nan if self.head[18] else self.level(packet[0], frames)  # several streams in one
-        self.found.append(Frame(offset, size, len(frames) * OPUS_SAMPLES[packet[0] >> 3] / 48000, level))
-
-    def level(self, toc: int, frames: list[bytes]) -> float:
-        """Mean loudness of a packet's frames in dBFS; NaN for CELT frames that are shorter than 20 ms."""
-        samples, stereo, celt, power = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128, 0.0
-        if celt and samples < 960:
-            return math.nan
-        for frame in frames:
-            if len(frame) > 2:  # shorter ones stand for silence that is not sent
-                level = self._celt(frame, stereo) if celt else self._silk(frame, stereo, -(-samples // 960))
-                power += 10 ** (level / 10)
-        return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power / len(frames) + 1e-12)))
-
-    def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
-        """The level of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
-        self.energies, read = Opus.energies, RangeDecoder(frame).read
-        voices = [[read(EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
-        if any(channel.pop() for channel in voices):
-            return SILK_COPIED[any(voices[0])]
-        for alphabet in SILK_STEREO if stereo else []:
-            read(alphabet)
-        if stereo and not voices[1][0]:
-            read(SILK_MID_ONLY)
-        voice = voices[0][0]
-        kind = voice + read(SILK_TYPES[voice]) // 2
-        return SILK_LEVELS[kind] + SILK_STEP * (8 * read(SILK_GAINS[kind]) + read(SILK_LOW_BITS))
-
-    def _celt(self, frame: bytes, stereo: bool) -> float:
-        """The level of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
-        decoder = RangeDecoder(frame)
-        read = decoder.read
-        if read(RARE):
-            self.energies = [[-28.0] * len(CELT_MEANS)] * 2
-            return SILENT_DB
-        if read(EVEN):  # a pitch filter; the rest of it stands at the frame's other end
-            read(OCTAVE)
-            read(TAPSET)
-        short = read(EIGHTH)
-        alpha, beta, models = CELT_INTRA if read(EIGHTH) else CELT_INTER
-        channels = [energies.copy() for energies in self.energies[: 1 + stereo]]
-        below, power = [0.0, 0.0], 0.0
-        for band, (alphabet, weight) in enumerate(zip(models, CELT_WEIGHTS, strict=True)):
-            for channel, energies in enumerate(channels):
-                symbol = read(alphabet) if decoder.at <= len(frame) + 1 else 1  # -1 where the frame is over
-                change = -(symbol + 1 >> 1) if symbol & 1 else symbol >> 1
-                energies[band] = energy = alpha * max(-9.0, energies[band]) + below[channel] + change
-                below[channel] += (1 - beta) * change
-                power += weight * 4 ** min(energy, 32.0)
-        self.energies = channels if stereo else channels * 2
-        return CELT_FULL_SCALE + CELT_SHORT * short + 10 * math.log10(power / len(channels))
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """An Ogg file. Its pre-skip makes the decoder drop the lead, to the sample."""
-        durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in frames]
-        head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
-        pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
-        waiting: list[bytes] = []
-        samples, room = 0, 255  # laces that the page has room for
-        for packet, duration in zip(frames, durations, strict=True):
-            room -= len(packet) // 255 + 1
-            if room < 0:
-                pages.append(ogg_page(0, samples, len(pages), waiting))
-                waiting, room = [], 254 - len(packet) // 255
-            waiting.append(packet)
-            samples += duration
-        return b"".join([*pages, ogg_page(4, samples, len(pages), waiting)])
-
-
-class OggOpus(Opus):
-    """Opus in Ogg. Where a packet goes on in the next page, its frame holds that page's header too."""
-
-    name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
-    inner = re.compile(rb"(?s)OggS\0[\1\5].{20}(.)")  # header of a page that goes on with a packet
-    serial = b""  # of the logical stream that is read
-    part, part_offset = b"", -1  # of a packet that goes on in the next page; -1 where its beginning is lost
-
-    def step(self) -> Steps:
-        yield from self.need(27)
-        body = 27 + self.buffer[26] if self.buffer.startswith(b"OggS") else 27
-        yield from self.need(body)
-        laces, offset = self.buffer[27:body], self.offset
-        page = yield from self.take(body + sum(laces))
-        if not page.startswith(b"OggS") or ogg_sum(page) != page[22:26]:
-            self.offset, self.buffer[:0], self.part_offset = offset + 1, page[1:], -1
-            raise Damage("no whole page of Ogg")
-        if page[5] & 2 and page.startswith(b"OpusHead", body):
-            self.serial = page[14:18]
-        if page[14:18] != self.serial:
-            return
-        if not page[5] & 1:
-            self.part, self.part_offset = b"", offset + body
-        for lace in laces:
-            self.part += page[body : body + lace]
-            body += lace
-            if lace < 255:
-                if self.part.startswith(b"OpusHead"):
-                    self.begin(self.part)
-                elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
-                    self.packet(self.part, self.part_offset, offset + body - self.part_offset)
-                self.part, self.part_offset = b"", offset + body
-        self.part = self.part[:LARGEST_PACKET]
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """See Opus. Headers of pages are taken out of the packets."""
-        packets = []
-        for packet in frames:
-            while found := self.inner.search(packet):
-                packet = packet[: found.start()] + packet[found.end() + found[1][0] :]
-            packets.append(packet)
-        return super().file(packets, lead)
-
-
-# ---- WebM: what browsers record ----
-#
-# Elements are an ID, a size and a content; both numbers are of variable length (RFC 8794). Recorders leave
-# the sizes of Segment and Cluster unknown, so there is no stack: containers are entered, never left, and all
-# else is of a size.
-
-EBML, CLUSTER, TRACK = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\xae"
-CONTAINERS = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xa0", CLUSTER  # Segment, Tracks, BlockGroup
-NUMBER, CODEC, OPUS_HEAD = b"\xd7", b"\x86", b"\x63\xa2"  # in Track: its number, CodecID, CodecPrivate
-BLOCKS = b"\xa3", b"\xa1"  # SimpleBlock, Block: the track's number, time (2 bytes), flags, a packet
-# What else stands in clusters and block groups: times, sizes, references, additions, filling, checksums.
-DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75[\xa1\xa2]")
-
-
-class WebM(Opus):
-    """Opus in WebM: the first track that has it. A new recording may begin in mid-stream."""
-
-    name, archive = "webm", ("webm", "audio/webm")
-    mark = re.compile(re.escape(EBML) + b"|" + re.escape(CLUSTER))
-    track = -1  # first byte of the blocks that are read
-    entry: Mapping[bytes, bytes] = {}  # of the track that is being described
-    entry_end = 0  # offset behind it
-
-    def _number(self, longest: int) -> Generator[None, None, bytes]:
-        """A number of variable length, still with the bit that marks its length."""
-        yield from self.need(1)
-        length = 9 - self.buffer[0].bit_length()
-        if length > longest:
-            self.drop(1)
-            raise Damage("no element of WebM")
-        return (yield from self.take(length))
-
-    def step(self) -> Steps:
-        """Read one element, or enter it."""
-        element, digits = (yield from self._number(4)), (yield from self._number(8))
-        size = int.from_bytes(digits, "big") ^ 1 << 7 * len(digits)
-        if element in BLOCKS:
-            block = yield from self.take(size)
-            if size < 4 or block[0] != self.track:
-                return
-            if block[3] & 6:
-                raise FormatError(f"Byte {self.offset - size}: blocks with lacing are not read. {CONVERT}")
-            self.packet(block[4:], self.offset - size + 4, size - 4)
-        elif element in (NUMBER, CODEC, OPUS_HEAD):
-            self.entry = entry = {**self.entry, element: (yield from self.take(size))}
-            number = 0x80 | int.from_bytes(entry.get(NUMBER, b""), "big")
-            if entry.get(CODEC) == b"A_OPUS" and number > 0x80 and self.track in (-1, number):
-                self.track = number
-                self.begin(entry.get(OPUS_HEAD, self.head))
-        elif element == TRACK:
-            self.entry, self.entry_end = {}, self.offset + size
-        elif element not in CONTAINERS:
-            if element == EBML:
-                self.track = -1
-            if len(element) < 4 and self.offset >= self.entry_end and not DETAILS.fullmatch(element):
-                raise Damage("no element of WebM")
-            yield from self.skip(size)
-
-
-# ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
-#
-# Header, side information, main data. The data of a frame may begin in frames before it, and the sound of two
-# frames before it overlaps its own. So a file begins with an Info frame, which says how many frames there
-# are, a silent frame, whose unused end holds the borrowed bytes, and these two frames; players skip what the
-# Info frame tells them to. Loudness is guessed from the side information: the gain, which is the size of a
-# quantiser's step, and the bits spent, which tell how many steps. It is right to 10 or 15 dB.
-
-MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how often they are halved, by version
-MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
-MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
-MP3_SIDE = {1: 9, 2: 17, 4: 32}  # bytes of side information, by the granules that it describes
-MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
-MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
-MP3_OVERLAP = 2  # frames that sound on in a window behind them
-MP3_FULL_SCALE = -328.0  # dBFS; this and the next two measured
-MP3_GAIN, MP3_BITS = 1.505, 2.0  # dB of a step of the gain; dB by the square root of the number of bits
-
-
-class MP3Header(NamedTuple):
-    """What the first four bytes of a frame say; all 0 where they are no header."""
-
-    size: int = 0  # bytes of the frame
-    rate: int = 0  # Hz
-    samples: int = 0
-    side: int = 0  # where the side information begins
-    data: int = 0  # and the main data behind it
-    granules: int = 0  # that the side information describes, of all channels
-
-
-def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
-    """The header that stands at a place."""
-    first, second, third, fourth = data[at : at + 4].ljust(4, b"\0")
-    version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
-    if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
-        return MP3Header()
-    samples, kbits = (1152, MP3_KBITS) if version == 3 else (576, MP3_LOW_KBITS)
-    rate, side = MP3_RATES[place] >> MP3_HALVED[version], 4 if second & 1 else 6
-    granules = samples // 576 * (1 if fourth >= 0xC0 else 2)
-    size = samples * 125 * kbits[code - 1] // rate + (third >> 1 & 1)
-    return MP3Header(size, rate, samples, side, side + MP3_SIDE[granules], granules)
-
-
-def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
-    """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
-    for found in MP3_MARK.finditer(data):
-        at = found.start()
-        header = mp3_header(data, at)
-        if at + header.size + 3 > len(data):
-            return at, 0
-        if header.rate and header.rate == mp3_header(data, at + header.size).rate:
-            return at, header.rate
-    return len(data), 0
-
-
-def mp3_silence(like: bytes, begin: bytes, end: bytes) -> bytes:
-    """The smallest silent frame that has room for these bytes in its main data."""
-    for code in range(1, 15):
-        head = bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]])
-        header = mp3_header(head)
-        if (room := header.size - header.data - len(begin) - len(end)) >= 0:
-            break
-    return head + bytes(header.data - 4) + begin + bytes(room) + end
-
-
-class MP3(Format):
-    """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
-
-    name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
-    lead, mark = 1.0, MP3_MARK  # seconds of frames in which borrowed bytes may lie
-    rate, fresh = 0, True  # Hz; the next frame is the first, and may be an Info frame
-
-    def step(self) -> Steps:
-        yield from self.need(10)
-        header, offset = mp3_header(self.buffer), self.offset
-        if self.rate and header.rate == self.rate:
-            frame = yield from self.take(header.size)
-            if not (self.fresh and re.search(b"Xing|Info|VBRI", frame[:44])):
-                seconds = header.samples / header.rate
-                self.found.append(Frame(offset, header.size, seconds, self._level(frame, header)))
-            self.fresh = False
-        elif self.buffer.startswith(b"ID3"):
-            tag = yield from self.take(10)
-            yield from self.skip(tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
-            self.fresh = True
-        elif self.buffer.startswith(b"TAG"):
-            yield from self.skip(128)
-        else:
-            raise Damage("no frame of MP3")
-
-    def sync(self, mark: re.Pattern[bytes]) -> bool:
-        """Drop what comes before the next frame that another one confirms."""
-        at, rate = mp3_search(self.buffer)
-        self.drop(at)
-        if rate and self.rate not in (0, rate):
-            raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
-        self.rate = self.rate or rate
-        return rate > 0
-
-    def _level(self, frame: bytes, header: MP3Header) -> float:
-        """The loudness of the loudest granule, about dBFS."""
-        bits, level = int.from_bytes(frame[header.side : header.data], "big"), SILENT_DB
-        width = 59 if header.samples == 1152 else 63  # bits of a granule
-        for shift in range(width - 29, width * header.granules, width):
-            used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
-            if used:
-                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
-        return min(level, LOUDEST_DB)
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """An MP3 file. Of the lead it holds the last frames and what they borrow, which are not heard."""
-        start = max(0, lead - MP3_OVERLAP)
-        first, header = frames[start], mp3_header(frames[start])
-        data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
-        borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
-        count = (len(frames) - start + 1).to_bytes(4, "big")
-        delay = (header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY).to_bytes(3, "big")
-        info = mp3_silence(first, b"Info\0\0\0\1" + count + b"LAME3.100" + bytes(12) + delay, b"")
-        filled = mp3_silence(first, b"", data[max(0, len(data) - borrowed) :])
-        return b"".join([info, filled, *frames[start:]])
-
-
-# ---- MP4 in fragments: ISO 14496-12 ----
-#
-# Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
-# the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
-# them is found by its kind: no number that stands there is as large as four letters.
-
-LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
-CLOCK, USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
-
-
-def integer(data: bytes, at: int, size: int = 4) -> int:
-    """The number at a place; 0 where there is none."""
-    return int.from_bytes(data[at : at + size], "big")
-
-
-class FragmentedMP4(Format):
-    """Fragments of one track. A recording that follows in the stream must tell the same clock."""
-
-    name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
-    head = b""  # ftyp and moov
-    clock = usual = 0  # ticks per second; ticks of a sample where its fragment does not say
-    moof, seconds = -1, 0.0  # offset and duration of a fragment whose mdat is to come; -1 for none
-
-    def step(self) -> Steps:
-        offset = self.offset
-        size, kind = struct.unpack(">I4s", (yield from self.take(8)))
-        if size == 1:
-            size = integer((yield from self.take(8)), 0, 8) - 8
-        if size < 8 or not kind.isalnum():
-            raise Damage("no box of MP4")
-        if kind in (b"ftyp", b"moov"):
-            content = yield from self.take(size - 8)
-            self._describe(struct.pack(">I4s", size, kind) + content)
-        elif kind == b"moof":
-            self.moof, self.seconds = offset, self._duration((yield from self.take(size - 8)))
-        else:
-            yield from self.skip(size - 8)
-        if kind == b"mdat" and self.moof >= 0:
-            self.found.append(Frame(self.moof, self.offset - self.moof, self.seconds))
-            self.moof = -1
-
-    def _describe(self, box: bytes) -> None:
-        clocks = [integer(clock, 0) for clock in re.findall(CLOCK, box)]
-        if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
-            raise FormatError(f"Byte {self._begun}: a second track, or another clock. {CONVERT}")
-        if not self.clock:
-            self.head, self.clock = self.head + box, sum(clocks)
-            self.usual = sum(integer(ticks, 0) for ticks in re.findall(USUAL, box))
-
-    def _duration(self, moof: bytes) -> float:
-        """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
-        tfhd = moof.partition(b"tfhd")[2]
-        flags, usual, ticks = integer(tfhd, 1, 3), self.usual, 0
-        if flags & 1:
-            raise FormatError(f"Byte {self._begun}: fragments with absolute offsets cannot be cut. {CONVERT}")
-        if flags & 8:
-            usual = integer(tfhd, 8 + 2 * (flags & 2))
-        for trun in moof.split(b"trun")[1:]:
-            flags, count = integer(trun, 1, 3), integer(trun, 4)
-            if flags & 0x100:
-                first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
-                each = sorted(integer(trun, at) for at in range(first, len(trun), stride)[:count])
-                usual = each[len(each) // 2] if each else 0
-            ticks += count * usual
-        if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
-            raise Damage("a fragment of absurd duration")
-        return ticks / self.clock
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """The fragments behind ftyp and moov, their times counted from the first one's."""
-        first, file = -1, [self.head]
-        for frame in frames[lead:]:
-            time = frame.find(b"tfdt") + 8
-            size = 8 if frame[time - 4 : time - 3] == b"\1" else 4
-            if time >= 8:
-                first = integer(frame, time, size) if first < 0 else first
-                since = max(0, integer(frame, time, size) - first)
-                frame = frame[:time] + since.to_bytes(size, "big") + frame[time + size :]
-            file.append(frame)
-        return b"".join(file)
-
-
-# ---- Held: what cannot be cut is posted whole at the end ----
-
-HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
-HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
-# How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
-FACTS = rb"(?s)^fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
-
-
-class Held(Format):
-    """A stream that is one frame at its end, if it has no more than `limit` bytes by then."""
-
-    clock = ticks = 0  # ticks per second, and of the whole stream
-
-    def __init__(self, name: str, limit: int) -> None:
-        super().__init__()
-        self.name, self.limit = name, limit
-        self.extension, self.media_type = self.archive = name, HELD[name]
-
-    def step(self) -> Steps:
-        for flac, mvhd, duration, vorbis, granule in re.findall(FACTS, self.buffer):
-            facts = int.from_bytes(flac, "big")  # rate (20 bits), channels, depth, samples (36 bits)
-            self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
-            self.ticks = (
-                facts & (1 << 36) - 1 or int.from_bytes(duration or granule[::-1], "big") or self.ticks
-            )
-        self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
-        if self.offset + len(self.buffer) > self.limit:
-            raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
-        yield
-
-    def end(self) -> list[Frame]:
-        size = self.offset + len(self.buffer)
-        guess, claim = size * 8 / HELD_BITRATE, self.ticks / self.clock if self.clock else 0.0
-        seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
-        return [Frame(0, size, seconds)] if size and not self.error else []
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        return b"".join(frames)
-
-
-# ---- Which format a stream has ----
-
-ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
-LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
-JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stream
-
-
-def recognise(head: bytes, limit: int) -> Format | None:
-    """The format of a stream that begins with `head`, yet to be fed; None while more of it is needed to tell.
-
-    What cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
-    """
-    if head[:4] in (b"RIFF", b"RF64"):
-        if head[8:12] == b"WAVE":
-            return Wav()
-    elif head.startswith(b"fLaC"):
-        return Held("flac", limit)
-    elif head.startswith(b"OggS"):
-        if len(head) >= 36:
-            return OggOpus() if head[28:36] == b"OpusHead" else Held("ogg", limit)
-    elif head.startswith(EBML):
-        if codec := re.search(rb"A_[A-Z]+[^A-Z]", head):
-            return WebM() if codec[0].startswith(b"A_OPUS") else Held("webm", limit)
-    elif head[4:8] == b"ftyp":
-        if (found := re.search(b"mvex|mdat", head)) or len(head) >= LARGEST_HEAD:
-            return FragmentedMP4() if found and found[0] == b"mvex" else Held("mp4", limit)
-    elif head.startswith(b"ID3") or mp3_search(head)[1]:
-        return MP3()
-    elif len(head) >= JUNK:
-        raise FormatError(f"The first bytes are of no format that is known here. {ACCEPTED}. {CONVERT}")
-    if len(head) >= LARGEST_HEAD:
-        raise FormatError(f"The first {LARGEST_HEAD} bytes do not tell of any sound. {ACCEPTED}. {CONVERT}")
-    return None
+    seconds: float = 0.0
+    origin: int = 0  # the offset behind which the format tells of itself
+    place: int = 0  # the offset from which all is read
 
 
 class Stream:
@@ -1128,28 +373,56 @@ class Stream:
 
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
-        self._limit, self._head = limit, b""  # the stream as long as it does not tell its format
+        self.offset, self.ended, self._failed = 0, False, False  # bytes that were fed; failure was told
+        self._head = b"" if name == "auto" else None  # the stream as long as it does not tell its format
+        self._limit = limit  # bytes of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are now whole. Errors and warnings are the format's."""
-        if type(self.format) is Format and not self.format.error:
-            data = self._head = self._head + data
+        """The frames that are now whole."""
+        self.offset += len(data)
+        if self._head is not None and not self.format.error:
+            self._head += data
             try:
-                found = recognise(data, self._limit)
+                found = recognise(self._head, self._limit)
             except FormatError as error:
                 self.format.error = error
                 return []
             if not found:
                 return []
-            self.format, self._head = found, b""
+            data, self.format, self._head = self._head, found, None
         return self.format.feed(data)
 
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
+        self.ended = True
         if self._head and not self.format.error:
             what = f"{len(self._head)} bytes do not tell what format they are. {ACCEPTED}."
             self.format.error = FormatError(what)
         return self.format.end()
+
+    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> None:
+        """Be as if all before a mark had been fed; only the beginnings are read. Raises FormatError."""
+        if not mark.place:
+            return
+        while self.format.origin < mark.origin or self.format.place() is None:
+            data = read(self.offset, max(0, min(mark.place - self.offset, LARGEST_HEAD)))
+            self.feed(data)
+            if self.format.error or not data:
+                raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
+            if self._head is None and self.offset < mark.origin:
+                self.offset = mark.origin
+                self.format.jump(mark.origin)
+        self.offset = mark.place
+        self.format.jump(mark.place)
+        self.format.warnings.clear()
+
+    def complaints(self) -> Iterator[tuple[str, str]]:
+        """What could not be read, since the last call: code and message of errors."""
+        yield from (("skipped", warning) for warning in self.format.warnings)
+        self.format.warnings.clear()
+        if self.format.error and not self._failed:
+            self._failed = True
+            yield "format", str(self.format.error)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1179,6 +452,7 @@ MARGIN_DB = 7.0  # of speech over the noise floor: generous, a whisper must pass
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 FLOOR_BLOCK_SECONDS = 0.1  # of history that counts by its quietest frame
 FLOOR_START_DB, FLOOR_MIN_DB, FLOOR_MAX_DB = -60.0, -62.0, -30.0  # dBFS
+WARM_SECONDS = FLOOR_SECONDS + LOOKBACK_SECONDS  # to be heard before a window is cut as it would have been
 
 
 class NoiseFloor:
@@ -1196,12 +470,11 @@ class NoiseFloor:
             self._quietest = level
         self._seconds += seconds
         if self._seconds >= FLOOR_BLOCK_SECONDS - 1e-9:
-            self._count(self._quietest)
+            if self._quietest < math.inf:
+                self._count(self._quietest)
             self._quietest, self._seconds = math.inf, 0.0
 
     def _count(self, level: float) -> None:
-        if level == math.inf:
-            return
         self._blocks.append(level)
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
@@ -1235,6 +508,12 @@ class Frames:
         span = slice(self.index(start), self.index(end))
         return Frames(column[span] for column in self.columns)
 
+    def forget(self, before: float) -> None:
+        """Drop the frames that end before a time in seconds, now and then."""
+        count = self.index(before)
+        for column in self.columns if count >= FORGET_FRAMES else ():
+            del column[:count]
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -1267,10 +546,10 @@ def required_pause(seconds: float) -> float:
 
 
 class Segmenter:
-    """Cuts a session's frames into windows; nothing before `settled` seconds becomes one."""
+    """Cuts frames, from `now` seconds on, into windows, from `settled` seconds on."""
 
-    def __init__(self, settled: float = 0.0) -> None:
-        self.now = 0.0  # seconds of audio heard
+    def __init__(self, settled: float = 0.0, now: float = 0.0) -> None:
+        self.now = now  # seconds of audio heard
         self.open = False
         self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
@@ -1298,8 +577,9 @@ class Segmenter:
             elif self.open and now - self.last >= SHORT_PAUSE:
                 windows += self._pause()
             if self.open and now - self.start >= self.limit:
-                windows += self._limit()
-        self._forget(self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS))
+                windows += self._too_long()
+        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS)
+        self._frames.forget(start - LOOKBACK_SECONDS)
         return windows
 
     def flush(self) -> list[Window]:
@@ -1318,22 +598,19 @@ class Segmenter:
             self.start, self.first = seconds, max(seconds, self.first)
 
     def _pause(self) -> list[Window]:
-        if self.quiet < required_pause(self.last - self.first):
-            return []
         end = self.last + min(TAIL_SECONDS, TAIL_SHARE * self.quiet)
         end = max(end, self.start + MIN_POST_SECONDS)  # what is shorter is billed like this
-        return self._close(end, self.quiet >= CLEAN_PAUSE) if end <= self.now else []
+        over = self.quiet >= required_pause(self.last - self.first) and end <= self.now
+        return self._close(end, self.quiet >= CLEAN_PAUSE) if over else []
 
-    def _limit(self) -> list[Window]:
+    def _too_long(self) -> list[Window]:
         first = self._frames.index(self.now - self.limit / 3)
         ends, levels = self._frames.ends[first:], self._frames.levels[first:]
         width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
         powers = [0.0, *accumulate(1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels)]
         quietest = min(range(len(ends) - width + 1), key=lambda i: (powers[i + width] - powers[i], -i))
-        whole = (
-            len(self._frames.ends) == self._frames.index(self.start) + 1
-        )  # one frame: there is no better cut
-        return self._close(ends[quietest + (width - 1) // 2], clean=whole)
+        single = len(self._frames.ends) == self._frames.index(self.start) + 1  # there is no better cut
+        return self._close(ends[quietest + (width - 1) // 2], clean=single)
 
     def _close(self, end: float, clean: bool) -> list[Window]:
         window = self._window(end, clean)
@@ -1355,12 +632,6 @@ class Segmenter:
         last = min(self.last, times[-1])
         return Window(self.start, times[-1], min(self.first, last), last, speech, clean, frames)
 
-    def _forget(self, before: float) -> None:
-        count = self._frames.index(before - LOOKBACK_SECONDS)
-        if count >= FORGET_FRAMES:
-            for column in self._frames.columns:
-                del column[:count]
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Transcript: hypotheses in, final and interim text out.
@@ -1368,8 +639,8 @@ class Segmenter:
 # A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
 # overlaps what is final already, the words said before are found by aligning the texts; word times are off by
 # 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
-# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. What
-# Whisper makes up for silence, ghosts and loops, is taken out before it becomes a hypothesis.
+# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
+# hypothesis changes nothing by itself: it gives a step, which becomes true when the journal has it.
 # ------------------------------------------------------------------------------------------------------------
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
@@ -1377,14 +648,6 @@ CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that a
 TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
 TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
 CARRIED_CHARACTERS = 200  # of final text in the prompt
-GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
-LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
-LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
-ECHO_WORDS = 4  # words of the prompt in a row that are an echo, not speech
-PHANTOM_SECONDS = 0.5  # with less speech than this nobody said a phantom
-PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
-    "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
-)
 
 
 class Word(NamedTuple):
@@ -1395,16 +658,14 @@ class Word(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """What was heard in a window. If the endpoint gave no times (`timed`), words are spread over speech."""
 
     words: list[Word]
     timed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Final text: the content of a `transcription`."""
 
     words: list[Word]
@@ -1421,6 +682,1672 @@ def normal(text: str) -> str:
 def spelled(words: Iterable[Word]) -> str:
     """The text of words."""
     return "".join(word.text for word in words).strip()
+
+
+def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
+    """How many of the first words were said before, as the last ones of the tail, which is not empty.
+
+    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
+    all else -1. Equal texts at another time are other words: a second of distance costs 3.
+    """
+    row = [-index for index in range(len(words) + 1)]
+    for known in tail:
+        above, row, ends = row, [0], []  # ends: without skipped words at the end, for those are new
+        for index, word in enumerate(words):
+            match = above[index] + (2 if normal(word.text) == normal(known.text) else -1)
+            ends.append(max(match, above[index + 1] - 1))
+            row.append(max(ends[index], row[index] - 1))
+    worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
+    best = max(worth, default=0.0)
+    if best > 0:
+        return worth.index(best) + 1
+    return sum(word.start + word.end < 2 * tail[-1].end for word in words)
+
+
+class Step(NamedTuple):
+    """What a hypothesis makes final: all up to `heard`; the segment is its text, if there is any."""
+
+    heard: float  # seconds; all words that end before it are final
+    resume: float  # where the next request begins: before `heard` to hear words to align by
+    segment: Segment | None
+
+
+class Transcript:
+    """What of a session's text is final, and what the next hypothesis is compared with."""
+
+    def __init__(self, heard: float = 0.0) -> None:
+        self.heard = self.resume = heard  # see Step
+        self.end = heard  # of the last segment
+        self.timed = True  # the endpoint gives word times, as far as is known
+        self._tail: list[Word] = []  # final words
+        self._previous: list[Word] = []  # of the last hypothesis, not final
+
+    def say(self, words: Iterable[Word], end: float) -> None:
+        """Take up final words, in order, which end at a time in seconds."""
+        self._tail = [*self._tail, *words][-TAIL_WORDS:]
+        self.end = max(self.end, end)
+
+    def prompt(self, start: float) -> str:
+        """The end of the final text in front of a window that starts then."""
+        return spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)[-CARRIED_CHARACTERS:]
+
+    def context(self, window: Window) -> Window:
+        """The window from where it is to be heard: behind what is final, or before that to align by."""
+        resume = max(self.resume, window.start - LOOKBACK_SECONDS)
+        wanted = resume < self.heard or resume > window.start
+        return window.since(resume) if wanted else window
+
+    def settle(self, hypothesis: Hypothesis, window: Window, again: bool = True) -> Step:
+        """The final text of a window. Its last word, if cut and to be heard `again`, is left to the next."""
+        words, self._previous = self._fresh(hypothesis, window), []
+        heard = resume = window.end
+        if again and not window.clean and hypothesis.timed and words:
+            words = words[:-1] if words[-1].end > window.end - EDGE_SECONDS else words
+            heard = min(window.end, words[-1].end if words else window.start)
+            resume = max(window.start, heard - CONTEXT_SECONDS)
+        return Step(heard, resume, self._segment(words, window, hypothesis.timed))
+
+    def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Step | None, list[Word]]:
+        """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
+        words, before, self.timed = self._fresh(hypothesis, window), self._previous, hypothesis.timed
+        count = 0
+        if hypothesis.timed:
+            texts = [normal(word.text) for word in words if word.end <= window.end - EDGE_SECONDS]
+            pairs = zip(texts, (normal(word.text) for word in before), strict=False)
+            count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        agreed, self._previous = words[:count], words[count:]
+        if not agreed:
+            return None, words
+        heard = min(window.end, agreed[-1].end)
+        trimmed = heard - CONTEXT_SECONDS
+        resume = trimmed if trimmed >= window.start + TRIM_SECONDS else window.start
+        return Step(heard, resume, self._segment(agreed, window, timed=True)), self._previous
+
+    def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
+        if window.start >= self.heard - 1e-6 or not self._tail:
+            return hypothesis.words
+        return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
+
+    def _segment(self, words: list[Word], window: Window, timed: bool) -> Segment | None:
+        if not words:
+            return None
+        start, end = (words[0].start, words[-1].end) if timed else (window.first, window.last)
+        start = max(self.end, min(start, window.end))
+        return Segment(words, start, max(start, min(end, window.end)), timed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Endpoint: one request to an engine, which turns a `Post` into an answer as verbose_json has it, or raises an
+# EndpointError that says whether it is worth trying again. `Whisper` is an OpenAI-compatible endpoint. What
+# that refuses is learnt once for the process: it is asked for verbose_json with word times first, and for
+# plain json after a 400 that names them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class EndpointError(Exception):
+    """A request that brought no text."""
+
+    def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
+        super().__init__(message)
+        self.again = again  # it may succeed later
+        self.wait = wait  # seconds that the endpoint wants to be left alone
+        self.limited = limited  # the endpoint is up, and this was one request too many
+
+
+class Post(NamedTuple):
+    """A window as it is posted: a standalone file of so many seconds, and what is asked of it."""
+
+    file: tuple[str, bytes, str]  # name, content, media type
+    seconds: float
+    options: Options
+    prompt: str
+
+
+class Engine(Protocol):
+    """What hears. `ask` gives an answer as verbose_json has it, with `text` at least; or EndpointError."""
+
+    async def ask(self, post: Post) -> dict[str, Any]: ...
+    async def close(self) -> None: ...
+
+
+class Whisper:
+    """The HTTP endpoint: one pooled client, multipart from memory."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._refused: set[str] = set()  # fields of the form that the endpoint does not take
+        url = settings.endpoint_url or settings.openai_base_url.rstrip("/") + "/audio/transcriptions"
+        translate = url.replace("/audio/transcriptions", "/audio/translations")
+        self._urls = {"transcribe": url, "translate": translate}
+        name, key = settings.key_header, settings.openai_api_key
+        bare = name.lower() != "authorization"
+        self._client = httpx.AsyncClient(
+            headers={name: key if bare else f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(settings.request_seconds, pool=None),
+            limits=httpx.Limits(max_connections=settings.concurrency),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def ask(self, post: Post) -> dict[str, Any]:
+        """The endpoint's JSON. Raises EndpointError."""
+        while True:
+            form = self._form(post)
+            try:
+                async with asyncio.timeout(self._settings.request_seconds):  # httpx only bounds each read
+                    url, files = self._urls[post.options.task], {"file": post.file}
+                    response = await self._client.post(url, data=form, files=files)
+                response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
+            except TimeoutError:
+                raise EndpointError("the endpoint did not answer in time") from None
+            except httpx.HTTPError as error:
+                raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
+            if response.status_code != 400 or not self._learn(response.text, form):
+                return read_response(response)
+
+    def _form(self, post: Post) -> dict[str, Any]:
+        form: dict[str, Any] = {"model": self._settings.model, "response_format": "verbose_json"}
+        form["timestamp_granularities[]"] = ["word", "segment"]
+        if post.options.language and post.options.task == "transcribe":
+            form["language"] = post.options.language
+        if post.prompt:
+            form["prompt"] = post.prompt
+        for name in self._refused & form.keys():
+            refused = form.pop(name)
+            if name == "response_format":
+                form[name] = "json"
+            elif name == "language":  # of models that take several
+                form["languages[]"] = refused
+        return form
+
+    def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
+        """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
+        fixed = ("timestamp_granularities[]", "response_format")  # the same for all clients
+        words = "unknown|unsupported|unrecognized|unexpected|not support|languages"
+        unknown = ("language", "prompt") if re.search(words, complaint, re.IGNORECASE) else ()
+        for name in (*fixed, *unknown):
+            if name in form and name not in self._refused and name.rstrip("[]") in complaint:
+                log.info("the endpoint refuses %s: doing without", name)
+                self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
+                return True
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Desk: who may ask the endpoint, and when. One for the process.
+#
+# Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
+# requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
+# What is posted is decided when there is a slot: until then the session may still add to it.
+#
+# What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
+# a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
+# again the circuit opens: one request at a time goes out as a trial, ever later, until one succeeds.
+# ------------------------------------------------------------------------------------------------------------
+
+BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
+CIRCUIT_FAILURES = 5  # in a row, not counting 429
+MINUTE, HOUR = 60.0, 3600.0  # seconds
+DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
+DISTANCE_MOST = 20.0  # seconds
+DISTANCE_SAMPLE = 60  # requests in a minute below which their number does not tell what the limit is
+
+
+class Desk:
+    """Hands out the endpoint's slots, and retries. A session is any object that stands for one."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._clock = asyncio.get_running_loop().time
+        self._waiting: list[tuple[float, object, asyncio.Future[None]]] = []  # since when, session, slot
+        self._taken: Counter[object] = Counter()  # slots of each session
+        self._sent: deque[float] = deque()  # when requests went out, in the last minute
+        self._least = MINUTE / settings.requests_per_minute if settings.requests_per_minute else 0.0
+        self._distance = self._least  # seconds between two requests
+        self._next = 0.0  # when another request may go out
+        self._failures = 0  # in a row
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def final(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+        """The answer to a post that must be answered; `prepare` gives it once there is a slot.
+
+        Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
+        requests does not count, waiting for a dead endpoint does.
+        """
+        left, attempt = self._settings.deadline_seconds, 0
+        while True:
+            async with self._slot(session, math.inf):
+                asked = self._clock()
+                try:
+                    return await self._ask(prepare())
+                except EndpointError as error:
+                    delay = max(error.wait, _backoff(attempt))
+                    left -= self._clock() - asked + delay
+                    if not error.again or left < 0:
+                        raise
+            attempt += 1
+            await asyncio.sleep(delay)
+
+    async def interim(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+        """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
+        async with self._slot(session, self._clock()):
+            return await self._ask(prepare())
+
+    def spare(self) -> bool:
+        """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
+        unused = self._clock() - self._next >= self._distance
+        return not self._waiting and not self._failures and unused and self._delay() <= 0
+
+    def failing(self) -> bool:
+        """Whether the circuit is open."""
+        return self._failures >= CIRCUIT_FAILURES
+
+    def load(self) -> float:
+        """The share of the slots that is taken."""
+        return self._taken.total() / self._settings.concurrency
+
+    async def _ask(self, post: Post) -> dict[str, Any]:
+        asked = self._clock()
+        try:
+            answer = await self._engine.ask(post)
+        except EndpointError as error:
+            self._learn(error, asked)
+            raise
+        self._failures, self._distance = 0, max(self._least, self._distance * DISTANCE_DECAY)
+        return answer
+
+    def _learn(self, error: EndpointError, asked: float) -> None:
+        now = self._clock()
+        if error.limited:
+            self._failures = 0
+            if asked >= self._next - self._distance or self._distance == self._least:  # the first of a volley
+                known = MINUTE / max(DISTANCE_SAMPLE, len(self._sent))
+                self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
+            self._next = max(self._next, now + (error.wait or self._distance))
+        elif error.again:
+            self._failures += 1
+            if self.failing():
+                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES))
+                self._next = max(self._next, now + wait)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, session: object, until: float) -> AsyncIterator[None]:
+        """Hold one of the endpoint's slots. Raises EndpointError when there is none by a time."""
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (self._clock(), session, slot)
+        self._waiting.append(entry)
+        try:
+            self._grant()
+            while not slot.done():
+                patience = min(until - self._clock(), self._settings.deadline_seconds)
+                await asyncio.wait({slot}, timeout=patience)
+                if not slot.done() and (self._clock() >= until or self.failing()):
+                    raise EndpointError("the endpoint does not answer")
+            yield
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            else:
+                self._taken[session] -= 1
+                self._taken += Counter()  # forget sessions without any
+            self._grant()
+
+    def _grant(self) -> None:
+        """Give free slots to those that wait, or come back when that may be."""
+        if self._timer:
+            self._timer.cancel()
+        while self._waiting and (delay := self._delay()) <= 0:
+            entry = min(self._waiting, key=lambda entry: (self._taken[entry[1]], entry[0]))
+            self._waiting.remove(entry)
+            self._taken[entry[1]] += 1
+            self._sent.append(self._clock())
+            self._next = max(self._next, self._clock()) + self._distance
+            entry[2].set_result(None)
+        if self._waiting and delay < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
+
+    def _delay(self) -> float:
+        """Seconds until another request may go out; infinite while that depends on those in flight."""
+        while self._sent and self._sent[0] < self._clock() - MINUTE:
+            self._sent.popleft()
+        slots = 1 if self.failing() else self._settings.concurrency
+        return self._next - self._clock() if self._taken.total() < slots else math.inf
+
+
+def _backoff(attempt: int) -> float:
+    return min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Budget: the rules on spending, all of them. Pure.
+#
+# A request costs its seconds of audio when it goes out, whatever comes back. Finals alone post no second
+# twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
+# the caps on billed seconds is near: of a session, and of an hour of the process.
+# ------------------------------------------------------------------------------------------------------------
+
+SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap: interims are fewer; there are none
+SCARCE_PACE = 2.0  # so much rarer
+INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
+
+    posted: float = 0.0
+    billed: int = 0
+    requests: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Count a request."""
+        self.posted += seconds
+        self.billed += math.ceil(seconds - 1e-6)
+        self.requests += 1
+
+
+class Hour:
+    """What the process was billed in the last hour."""
+
+    def __init__(self) -> None:
+        self._requests: deque[tuple[float, int]] = deque()  # when, and how many seconds
+        self._total = 0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Count a request."""
+        self._requests.append((now, math.ceil(seconds - 1e-6)))
+        self._total += self._requests[-1][1]
+
+    def share(self, cap: int, now: float) -> float:
+        """The share of a cap in seconds that is used up; 0: there is none."""
+        while self._requests and self._requests[0][0] < now - HOUR:
+            self._total -= self._requests.popleft()[1]
+        return self._total / cap if cap else 0.0
+
+
+class Budget:
+    """What a session may still spend."""
+
+    def __init__(self, usage: Usage, hour: Hour, settings: Settings) -> None:
+        self._usage, self._hour, self._settings = usage, hour, settings
+
+    def pace(self, now: float) -> float:
+        """How much rarer interims must be; infinitely: there are none."""
+        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
+        share = max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
+        return math.inf if share >= SHORT_SHARE else SCARCE_PACE if share >= SCARCE_SHARE else 1.0
+
+    def affords_interim(self, seconds: float, heard: float) -> bool:
+        """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
+        return self._usage.posted + seconds <= INTERIM_BILL * heard
+
+    def affords_again(self, end: float) -> bool:
+        """Whether what a window left undecided at its end may be heard again with the next one."""
+        return end - self._usage.posted > LOOKBACK_SECONDS
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spool: the truth about every session, in two files.
+#
+# `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
+# line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
+# they are written. Windows are read back from the audio, so a session needs little memory however long it is;
+# clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
+# is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
+# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process works on the
+# session; the kernel drops it when the process dies.
+# ------------------------------------------------------------------------------------------------------------
+
+JOURNAL_BYTES = 1 << 16  # of events that are read at once
+ROUNDING = 0.001  # seconds, of the times in messages
+
+Message = dict[str, Any]  # as it is sent; also an event of the journal, whose `message` is what was sent
+
+
+class SpoolError(Exception):
+    """The spool cannot be written, or has no such session; the message says which."""
+
+
+class Locked(SpoolError):
+    """Another process works on the session."""
+
+
+class Unreadable(SpoolError):
+    """The files of a session make no sense."""
+
+
+class Recording:
+    """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
+
+    def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
+        self.session = session
+        self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
+        self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
+                raise FileNotFoundError(session)
+        except OSError:
+            os.close(self._file)
+            raise
+        self.size = os.fstat(self._file).st_size  # bytes received
+
+    def append(self, audio: bytes) -> None:
+        """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
+        while audio:
+            try:
+                written = os.write(self._file, audio)
+            except OSError as error:
+                raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
+            self.size += written
+            audio = audio[written:]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the audio."""
+        return os.pread(self._file, size, offset)
+
+    def note(self, event: Message) -> int:
+        """Append an event to the journal; gives the place behind it. Raises SpoolError."""
+        line, flags = json.dumps(event, ensure_ascii=False).encode() + b"\n", os.O_RDWR | os.O_CREAT
+        try:
+            with os.fdopen(os.open(self._journal, flags, 0o600), "rb+", buffering=0) as journal:
+                size = journal.seek(0, os.SEEK_END)
+                if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":
+                    line = b"\n" + line  # a power cut tore the last one
+                if journal.write(line) < len(line):
+                    journal.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
+        return size + len(line)
+
+    def events(self, place: int = 0) -> list[tuple[Message, int]]:
+        """The next events behind a place in the journal, each with the place behind it; none at the end."""
+        found: list[tuple[Message, int]] = []
+        with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
+            journal.seek(place)
+            for line in journal.readlines(JOURNAL_BYTES):
+                place += len(line)
+                found.append(({}, place))  # as long as it cannot be read: a line cut short has not happened
+                with contextlib.suppress(ValueError):
+                    if isinstance(event := json.loads(line), dict):
+                        found[-1] = (event, place)
+        return found
+
+    async def history(self) -> AsyncIterator[tuple[Message, int]]:
+        """All events, each with the place behind it; a long journal leaves turns to others."""
+        place = 0
+        while events := self.events(place):
+            for event, place in events:
+                yield event, place
+            await asyncio.sleep(0)
+
+    def touch(self) -> None:
+        """Let the grace time begin now."""
+        os.utime(self._file)
+
+    def release(self) -> None:
+        """Give up the lock."""
+        self.touch()
+        os.close(self._file)
+
+    def remove(self) -> None:
+        """Delete the files; the audio last, for it is what makes a session exist."""
+        self._journal.unlink(missing_ok=True)
+        self._audio.unlink(missing_ok=True)
+
+
+class Spool:
+    """The directory of the sessions' files, which only their owner can read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
+        self._started = time.time()
+        self.full = False  # as of the last sweep
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            attempt = self._directory / secrets.token_hex(8)
+            attempt.touch()
+            attempt.unlink()
+        except OSError as error:
+            raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
+
+    def create(self) -> Recording:
+        """A new session. Raises SpoolError."""
+        try:
+            return Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
+        except OSError as error:
+            raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
+
+    def open(self, session: str) -> Recording:
+        """A session that is there. Raises SpoolError, or Locked if it is another process's."""
+        try:
+            return Recording(self._directory, session)
+        except BlockingIOError:
+            raise Locked("the session is still busy on the server: try again in a second") from None
+        except OSError as error:
+            raise SpoolError("no such session: it is over, or was never there") from error
+
+    def sweep(self, grace: float) -> list[str]:
+        """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
+        touched, total = dict[str, float](), 0
+        for path in self._directory.glob("*.*"):
+            with contextlib.suppress(FileNotFoundError):  # another process finished it
+                stat = path.stat()
+                total += stat.st_size
+                touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
+        self.full = total >= self._limit
+        late = time.time() - grace
+        return [name for name, when in touched.items() if when <= late and SESSION_ID.fullmatch(name)]
+
+
+class Gap(NamedTuple):
+    """A stretch without text, in seconds, and where its audio is found again."""
+
+    start: float
+    end: float
+    mark: Mark = Mark()
+
+
+class State:
+    """What the journal tells of a session. Each event changes it here, when it happens and when it is read.
+
+    open: the session began. post: a request went out. transcription: there is final text; with `found`, for
+    the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
+    in the gap that starts at `found`. mark: reading may begin again here. end: no more audio will come.
+    complete: all that can be transcribed is. stored: the bucket has it all.
+    """
+
+    def __init__(self) -> None:
+        self.transcript, self.usage = Transcript(), Usage()
+        self.gaps: list[Gap] = []
+        self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
+        self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
+        self.reason = ""  # why no more audio will come
+        self.summary: Message | None = None
+        self.stored = False
+
+    @property
+    def sequence(self) -> int:
+        """Of the last transcription."""
+        return len(self.places) - 1
+
+    @property
+    def over(self) -> bool:
+        """Whether no more audio will come."""
+        return bool(self.reason)
+
+    def apply(self, event: Message, place: int) -> None:
+        """Let an event have happened, which ends at a place in the journal."""
+        message = event.get("message", {})
+        match event.get("event"):
+            case "post":
+                self.usage.add(event["seconds"])
+            case "transcription":
+                self.places.append(place)
+                if not message.get("late"):
+                    self.transcript.say((Word(*word) for word in event["words"]), message["end"])
+            case "gap":
+                start, end = event["lost"]
+                near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS]
+                self.gaps.append(Gap(start, end, near[-1] if near else Mark()))
+            case "mark":
+                self.marks.append(Mark(*event["mark"]))
+            case "end":
+                self.reason = event["reason"]
+            case "complete":
+                self.summary = event["summary"]
+            case "stored":
+                self.stored = True
+        if "heard" in event:
+            self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
+            while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
+                del self.marks[0]
+        if "found" in event or message.get("late"):  # version 1 did not say at once which gap it was
+            at = event.get("found", message.get("start"))
+            self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= at < gap.end]
+        if "usage" in event:  # of version 1, which had no `post`
+            self.usage.posted, self.usage.billed, self.usage.requests = event["usage"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
+#
+# A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
+# the window is, and at a pause that may end the window: then its answer may be the final.
+# ------------------------------------------------------------------------------------------------------------
+
+SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
+INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
+INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
+FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A window on its way to text, and what became of it."""
+
+    window: Window
+    launched: bool = False  # a task has it
+    posted: bool = False  # the endpoint has it: nothing can be added to it
+    prompt: str = ""  # that it was posted with
+    outcome: Hypothesis | EndpointError | None = None
+
+
+class Interims:
+    """The requests for interim text of one session; one is in flight at most."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asking = False  # one is in flight
+        self.paused = False  # the client was told that there are none for now
+        self._seconds = seconds  # INTERIM_SECONDS
+        self._asked = 0.0  # the end of the last one, seconds of audio
+        self._latest: Pending | None = None  # the last one of the open window
+        self._shown: Pending | None = None  # the last one whose text was taken
+
+    def fresh(self, segmenter: Segmenter) -> float:
+        """Seconds of the open window that no request has heard."""
+        return segmenter.now - max(self._asked, segmenter.first)
+
+    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
+        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
+        length = segmenter.now - max(segmenter.start, resume)
+        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
+        much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
+        unheard = segmenter.open and segmenter.last > self._asked
+        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
+
+    def ask(self, window: Window) -> Pending:
+        """Begin a request."""
+        self._asked, self.asking, self.paused = window.end, True, False
+        self._latest = Pending(window, launched=True)
+        return self._latest
+
+    def answer(self) -> tuple[Hypothesis, Window] | None:
+        """What the last request has brought, once."""
+        latest = self._latest
+        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
+            return None
+        self._shown = latest
+        return latest.outcome, latest.window
+
+    def turn(self, window: Window) -> Pending | None:
+        """The last request as that of a window that ends, if it has heard all speech of it."""
+        latest, self._latest = self._latest, None
+        if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
+            return None
+        latest.window = window.since(latest.window.start)
+        return latest
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Client: what one connection is told, by one writer.
+#
+# What the journal has for a client is read from there when the connection takes it, so nothing piles up for
+# one that reads slowly, and one that comes back is told from where it stopped. Beside it there are notices, a
+# few, and the newest interim, which is behind all else.
+# ------------------------------------------------------------------------------------------------------------
+
+NOTICES = 100  # that wait for a client; one that causes more, or does not read, is cut off
+SEND_SECONDS = 20.0  # for a client to take a message
+CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = (
+    1000,
+    1003,
+    1008,
+    1011,
+    1012,
+)  # RFC 6455
+
+
+def status_message(status: str, message: str, **more: Any) -> Message:
+    """How things stand."""
+    return {"type": "status", "status": status, "message": message, **more}
+
+
+def error_message(code: str, message: str, **more: Any) -> Message:
+    """What is wrong; after one with `fatal` no audio is taken."""
+    return {"type": "error", "code": code, "message": message, "fatal": False, **more}
+
+
+class Client:
+    """One connection, and what it has still to be told."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self.done = asyncio.Event()  # nothing more will be sent
+        self.notices: deque[Message] = deque()
+        self._connection, self._wake = connection, asyncio.Event()
+        self._recording: Recording | None = None
+        self._place = 0  # in its journal: what is before it was sent
+        self._last: Message | None = None  # behind all else: an interim, or what is said at the close
+        self._close: tuple[int, str] | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether the client has all that was sent: it answered the close."""
+        return self._close is not None and self._connection.close_code == self._close[0]
+
+    def greet(self, recording: Recording, place: int, notice: Message) -> None:
+        """Begin with a notice, and go on with what the journal has behind a place, and will have."""
+        self._recording, self._place = recording, place
+        self.say(notice)
+
+    def say(self, notice: Message) -> None:
+        """Send what is not in the journal."""
+        self.notices.append(notice)
+        self._wake.set()
+        if len(self.notices) > NOTICES:
+            self._connection.transport.abort()
+
+    def show(self, interim: Message | None = None) -> None:
+        """Send an interim; without one, what is new in the journal: an interim that waits is older."""
+        if self._close is None:
+            self._last = interim
+            self._wake.set()
+
+    def close(self, code: int, reason: str = "", last: Message | None = None) -> None:
+        """Close the connection behind all that is to be sent, and a last message."""
+        if self._close is None:
+            self._close, self._last = (code, reason), last
+            self._wake.set()
+
+    async def write(self) -> None:
+        """Send what there is, until the connection is closed."""
+        try:
+            while self._close is None:
+                await self._wake.wait()
+                self._wake.clear()
+                await self._send_all()
+            await self._send_all()
+            await self._connection.close(*self._close)
+        except TimeoutError:
+            log.warning("a client does not read and is cut off; it can resume")
+            self._connection.transport.abort()
+        except ConnectionClosed:
+            pass  # what it has not read is in the journal
+        finally:
+            self.done.set()
+
+    async def _send_all(self) -> None:
+        while self.notices:
+            await self._send(self.notices.popleft())
+        while self._recording and (events := self._recording.events(self._place)):
+            for event, self._place in events:
+                await self._send(event.get("message"))
+            await asyncio.sleep(0)
+        message, self._last = self._last, None
+        await self._send(message)
+
+    async def _send(self, message: Message | None) -> None:
+        async with asyncio.timeout(SEND_SECONDS):
+            if message:
+                await self._connection.send(json.dumps(message, ensure_ascii=False))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Session: one transcription, from the first byte on.
+#
+# One loop does the work. A turn of it follows the audio: inbox to spool, spool to windows, windows to
+# requests; before that, answers become final, for they decide where the next request begins. Requests are
+# tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
+# all audio is heard, `Ending` does the rest, and the loop goes on for clients that come back. Others call
+# `attach`, `detach`, `put`, `abandon` and `drain` between two turns; each leaves the session whole.
+#
+# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
+# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
+# are one case, and a session that is read back listens as one whose audio came at once: from a mark on.
+# ------------------------------------------------------------------------------------------------------------
+
+TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
+TURN_SECONDS = 0.01  # that a session listens before others have their turn
+PIECE_BYTES = 1 << 14  # of a stream between two looks at the clock
+INBOX_BYTES, INBOX_LIMIT = 1 << 16, 1 << 20  # that end a tick early; that stop the reader
+INBOX_EACH = 64  # bytes that a message counts beside its content
+FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
+IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
+IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
+LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
+FLIGHTS = 4  # requests of one session at once
+MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
+FORM_BYTES = 1 << 13  # of a request beside the file
+MARK_SECONDS = 60.0  # of audio between two marks
+ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the sessions of a process share."""
+
+    settings: Settings
+    desk: Desk
+    spool: Spool
+    archive: Archive | None
+    hour: Hour = field(default_factory=Hour)
+    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one listens
+
+
+class Session:
+    """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
+
+    def __init__(self, services: Services, recording: Recording, options: Options, opened: str) -> None:
+        settings = services.settings
+        self.services, self.recording, self.options, self.opened = services, recording, options, opened
+        self.state = State()
+        self.stream = self.listen_anew()
+        self.segmenter = Segmenter()
+        self.client: Client | None = None
+        self.abandoned = False  # nobody will come back
+        self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
+        self._known, self._ended = asyncio.Event(), False  # the journal was read; nothing takes in what comes
+        self._inbox: list[bytes | str] = []
+        self._inbox_bytes = 0
+        self._wake, self._taken = asyncio.Event(), asyncio.Event()
+        self._flushes: deque[int] = deque(maxlen=FLUSHES)  # where in the stream
+        self._pending: deque[Pending] = deque()  # in the order of the audio
+        self._interims = Interims(settings.interim_seconds)
+        self._budget = Budget(self.state.usage, services.hour, settings)
+        self._ending = Ending(self)
+        self._clock = asyncio.get_running_loop().time
+        self._fed = self._left = self._clock()  # when audio last came, when the client went
+        self._acked = 0.0, 0  # seconds of audio and bytes at the last `received`
+        self._tasks: asyncio.TaskGroup
+
+    @classmethod
+    def begin(cls, services: Services, options: Options) -> Session:
+        """A new session. Raises SpoolError."""
+        options = dataclasses.replace(options, token="")  # it is nobody's business
+        recording, opened = services.spool.create(), datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            recording.note({"event": "open", "opened": opened, "options": dataclasses.asdict(options)})
+        except SpoolError:
+            recording.remove()
+            recording.release()
+            raise
+        return cls(services, recording, options, opened)
+
+    @classmethod
+    def restore(cls, services: Services, recording: Recording) -> Session:
+        """The session of these files; it reads them when it runs. Raises Unreadable, and lets go of them."""
+        try:
+            first, _ = next(iter(recording.events()), ({}, 0))
+            if not first and not recording.size:
+                recording.remove()  # begun, and nothing more
+            return cls(services, recording, Options(**first["options"]), first["opened"])
+        except (KeyError, TypeError) as error:
+            recording.release()
+            raise Unreadable(f"the journal of {recording.session} cannot be read: {error!r}") from error
+
+    def listen_anew(self) -> Stream:
+        """The stream, of which nothing is heard yet."""
+        most = self.services.settings.upload_bytes - FORM_BYTES
+        return Stream(self.options.format, self.options.rate, self.options.channels, most)
+
+    async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
+        """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
+        await self._known.wait()
+        if self._ended:
+            raise SpoolError("the session has just ended: come back for it")
+        if after > self.state.sequence:
+            text = f"after: the last sequence number is {self.state.sequence}"
+            client.close(CLOSE_REFUSED, "after", error_message("failed", text, fatal=True))
+            return
+        self._inbox, self._inbox_bytes = [], 0  # of another client: it is not acknowledged, and comes again
+        self._taken.set()
+        if self.client:
+            text = "Another connection took this session over."
+            self.client.close(CLOSE_REFUSED, "taken over", error_message("taken_over", text, fatal=True))
+        self.client, received = client, self.recording.size
+        ready = status_message(status, message, session=self.recording.session, received=received)
+        client.greet(self.recording, self.state.places[after], ready)
+        self._ending.announce()
+
+    def detach(self, client: Client) -> None:
+        """The client's connection is closed."""
+        if self.client is client:
+            self.client, self._left = None, self._clock()
+
+    async def put(self, client: Client, message: bytes | str) -> None:
+        """Take a message of the client; wait while the session is behind with its writing."""
+        if self.client is not client or self._ended:
+            return
+        self._inbox.append(message)
+        self._inbox_bytes += len(message) + INBOX_EACH
+        if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
+            self._wake.set()
+        if self._inbox_bytes >= INBOX_LIMIT:
+            self._taken.clear()
+            await self._taken.wait()
+
+    async def abandon(self) -> None:
+        """Nobody came back: as if END had come."""
+        await self._known.wait()
+        with contextlib.suppress(SpoolError):  # then the next sweep finds it
+            self.abandoned = True
+            self._end("abandoned")
+
+    async def drain(self) -> None:
+        """Send the client to the next process; if it only waits for the end, wait with it."""
+        await self._known.wait()
+        with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
+            self._take_in()
+        if self.state.over:
+            await self.done.wait()
+        elif client := self.client:
+            text, received = "The server restarts: reconnect.", self.recording.size
+            client.close(CLOSE_RESTART, "restart", status_message("draining", text, received=received))
+            await client.done.wait()
+
+    async def run(self) -> None:
+        """Work until the session is stored, or at rest. Raises SpoolError."""
+        tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._remember()
+                while not self._at_rest():
+                    timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
+                    await self._wake.wait()
+                    self._wake.clear()
+                    timer.cancel()
+                    self._take_in()
+                    await self._listen()
+                    self._take_interim()
+                    self._settle()
+                    self._launch()
+                    self._launch_interim()
+                    self._acknowledge()
+                    if self.state.over and self._idle():
+                        self._ending.begin(self._tasks, self._wake)
+        finally:
+            self._ended = True
+            self._known.set()
+            self._taken.set()
+
+    def _idle(self) -> bool:
+        return not (self._inbox or self._behind() or self._pending or self._interims.asking)
+
+    def _at_rest(self) -> bool:
+        left = self.client is None and self._clock() - self._left > LINGER_SECONDS
+        return self._idle() and (self._ending.over if self.state.over else left)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Let something happen: in the journal first, then in the state, then told. Raises SpoolError."""
+        happened = {"event": event, **facts}
+        self.state.apply(happened, self.recording.note(happened))
+        if self.client and "message" in facts:
+            self.client.show()
+
+    def _say(self, notice: Message) -> None:
+        if self.client:
+            self.client.say(notice)
+
+    # -- audio to windows
+
+    async def _remember(self) -> None:
+        """Take up what the journal tells, and begin to listen a little before what is not settled."""
+        try:
+            async for event, place in self.recording.history():
+                self.state.apply(event, place)
+            self.stream.go_on(self.state.marks[0], self.recording.read)
+        except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
+            raise Unreadable(f"the journal of {self.recording.session} cannot be read: {error!r}") from error
+        self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
+        self._known.set()
+
+    def _take_in(self) -> None:
+        messages, self._inbox, self._inbox_bytes = self._inbox, [], 0
+        self._taken.set()
+        for kind, group in groupby(messages, type):
+            if kind is bytes:
+                self._receive(b"".join(cast(Iterator[bytes], group)))
+                continue
+            for command in cast(Iterator[str], group):
+                if command == "END":
+                    self._end("END")
+                elif command == "FLUSH":
+                    self._flushes.append(self.recording.size)
+                else:
+                    text = f"{command[:40]!r} is no command: send audio, FLUSH or END."
+                    self._say(error_message("unknown_message", text))
+
+    def _receive(self, audio: bytes) -> None:
+        if audio and not self.state.over:
+            self._fed = self._clock()
+            self.recording.append(audio)
+        elif audio and not self.stream.format.error:
+            self._say(error_message("after_end", "The session is over: this audio is not transcribed."))
+
+    def _end(self, reason: str) -> None:
+        if not self.state.over:
+            self.note("end", reason=reason)
+
+    def _behind(self) -> bool:
+        unheard = self.recording.size - self.stream.offset or self._flushes
+        return bool(unheard) or self.state.over > self.stream.ended
+
+    async def _listen(self) -> None:
+        """Hear what the spool has more. Of the sessions that are far behind one at a time does."""
+        if self.recording.size - self.stream.offset <= INBOX_BYTES:
+            self._hear()
+        else:
+            async with self.services.listening:
+                self._hear()
+                await asyncio.sleep(0)
+        if self._behind():
+            self._wake.set()
+            return
+        # a client that stops sending still gets its final; one that is gone may come back in mid-word
+        idle = self._clock() - self._fed
+        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= IDLE_QUIET
+        if paused or (idle >= IDLE_SECONDS and self.client):
+            self._queue(self.segmenter.flush())
+
+    def _hear(self) -> None:
+        stream, until = self.stream, self._clock() + TURN_SECONDS
+        while self._behind() and self._clock() < until:
+            stop = self._flushes[0] if self._flushes else self.recording.size
+            if stream.offset < stop:
+                size = min(PIECE_BYTES, stop - stream.offset)
+                frames = stream.feed(self.recording.read(stream.offset, size))
+                self.segmenter.limit = self._within(LIMIT_SECONDS)
+                self._queue(self.segmenter.feed(frames))
+                self._mark()
+            elif self._flushes:
+                self._flushes.popleft()
+                self._queue(self.segmenter.flush())
+            else:
+                self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
+        for code, text in stream.complaints():
+            self._say(error_message(code, text, fatal=code == "format"))
+        if stream.format.error:
+            self._end("format")
+
+    def _mark(self) -> None:
+        """Note now and then where reading may begin again; a silence in front of it is settled."""
+        form, now = self.stream.format, self.segmenter.now
+        if now < self.state.marks[-1].seconds + MARK_SECONDS or (place := form.place()) is None:
+            return
+        heard, resume = self.state.transcript.heard, self.state.transcript.resume
+        if not self._pending and not self.segmenter.open:
+            heard = resume = max(heard, now - PRE_ROLL_SECONDS)
+        self.note("mark", mark=(now, form.origin, place), heard=heard, resume=resume)
+
+    def _within(self, seconds: float) -> float:
+        """So many seconds, or those that fit into a request."""
+        rate, most = self.stream.format.posted_rate, self.services.settings.upload_bytes - FORM_BYTES
+        return min(seconds, max(MIN_POST_SECONDS, most / rate - LOOKBACK_SECONDS)) if rate else seconds
+
+    def _acknowledge(self) -> None:
+        now, size = self.segmenter.now, self.recording.size
+        late = now - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES
+        if self.options.acks and late and self.client and not self.client.notices:
+            self._acked = (now, size)
+            self._say(status_message("received", "Safe on the server.", received=size))
+
+    # -- windows to final text
+
+    def _queue(self, windows: Sequence[Window]) -> None:
+        """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
+        for window in windows if self.state.summary is None else ():
+            interim = self._interims.turn(window)
+            last = self._pending[-1] if self._pending else None
+            near = last and window.start - last.window.end <= MERGE_GAP_SECONDS
+            fits = last and window.end - last.window.start <= self._within(MERGE_SECONDS)
+            if last and near and fits and not last.posted:
+                last.window = last.window.joined(window)
+            else:
+                self._pending.append(interim if interim and not last else Pending(window))
+
+    def _launch(self) -> None:
+        """Start requests, but none behind a window in flight that may leave it a word."""
+        flying = 0
+        for pending in self._pending:
+            if not pending.launched and flying < FLIGHTS:
+                pending.launched = True
+                self._tasks.create_task(self.transcribe(pending))
+            flying += pending.outcome is None
+            if not pending.window.clean:
+                return
+
+    async def transcribe(self, pending: Pending) -> None:
+        """Bring a window to text; where the answer repeats the prompt, ask once more without it."""
+        desk = self.services.desk
+        try:
+            hypothesis = read_answer(await desk.final(self, lambda: self._post(pending)), pending.window)
+            if echoes(hypothesis, pending.prompt):
+                answer = await desk.final(self, lambda: self._post(pending, prompted=False))
+                hypothesis = read_answer(answer, pending.window)
+            pending.outcome = hypothesis
+        except EndpointError as error:
+            pending.outcome = error
+        self._wake.set()
+
+    def _post(self, pending: Pending, prompted: bool = True) -> Post:
+        """A window as it is posted, which costs money from here on. Its frames are read from the spool."""
+        if self._pending and self._pending[0] is pending:
+            pending.window = self.state.transcript.context(pending.window)
+        window, form = pending.window, self.stream.format
+        frames = window.frames.between(window.start - form.lead, window.end)
+        begin, end = frames.offsets[0], frames.offsets[-1] + frames.sizes[-1]
+        audio = self.recording.read(begin, end - begin)
+        places = zip(frames.offsets, frames.sizes, strict=True)
+        pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
+        file = (f"audio.{form.extension}", form.file(pieces, frames.index(window.start)), form.media_type)
+        pending.posted, pending.prompt = True, ""
+        if prompted:
+            room = max(0, PROMPT_CHARACTERS - len(self.options.prompt) - 1)
+            carried = self.state.transcript.prompt(window.start)
+            pending.prompt = f"{self.options.prompt} {carried[len(carried) - room :]}".strip()
+        seconds = max(MIN_POST_SECONDS, window.end - window.start)
+        self.note("post", seconds=seconds)
+        self.services.hour.add(seconds, self._clock())
+        return Post(file, seconds, self.options, pending.prompt)
+
+    def _settle(self) -> None:
+        """Make the text of windows final, in order."""
+        while self._pending and self._pending[0].outcome:
+            pending = self._pending.popleft()
+            window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
+            if isinstance(outcome, Hypothesis):
+                again = self.options.interim or self._budget.affords_again(window.end)
+                self._advance(transcript.settle(outcome, window, again))
+                continue
+            start, end = max(window.start, transcript.heard), window.end
+            log.warning(
+                "session %s: no text, %.1f to %.1f s: %s", self.recording.session, start, end, outcome
+            )
+            text = f"No text for this part yet: {outcome}. It is tried again before `complete`."
+            message = error_message("gap", text, **span(Gap(start, end)))
+            self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
+
+    def _advance(self, step: Step) -> None:
+        facts: Message = {"heard": step.heard, "resume": step.resume}
+        if step.segment:
+            facts |= {"message": self.final(step.segment), "words": step.segment.words}
+        self.note("transcription" if step.segment else "settled", **facts)
+
+    def final(self, segment: Segment, **more: bool) -> Message:
+        """The next message with final text."""
+        message: Message = {"type": "transcription", "sequence": self.state.sequence + 1}
+        message |= {"text": spelled(segment.words), **span(segment), "received": self.recording.size, **more}
+        if self.options.words and segment.timed:
+            message["words"] = [{"word": word.text.strip(), **span(word)} for word in segment.words]
+        return message
+
+    # -- interim text
+
+    def _launch_interim(self) -> None:
+        """Ask for interim text, if it is time, nothing else is to be done, and money is left for it."""
+        segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
+        transcript, pace = self.state.transcript, self._budget.pace(self._clock())
+        if not self.options.interim or self.state.over or self._behind():
+            return
+        if not interims.due(segmenter, transcript.resume, max(pace, 1.0 + desk.load())):
+            return
+        if interims.asking or self._pending or not desk.spare() or pace == math.inf:
+            long = interims.fresh(segmenter) >= INTERIM_MOST or desk.failing()
+            if long and not interims.paused:
+                interims.paused = True
+                text = "Interim text pauses: the endpoint or the budget is short."
+                self._say(status_message("degraded", text))
+            return
+        window = transcript.context(segmenter.peek())
+        length = window.end - window.start
+        rest = min(length, FINAL_SECONDS) if transcript.timed else length  # is still to be posted
+        if window.speech >= MIN_SPEECH_SECONDS and self._budget.affords_interim(length + rest, segmenter.now):
+            self._tasks.create_task(self._ask(interims.ask(window)))
+
+    async def _ask(self, interim: Pending) -> None:
+        try:
+            answer = await self.services.desk.interim(self, lambda: self._post(interim))
+            hypothesis = read_answer(answer, interim.window)
+            if echoes(hypothesis, interim.prompt):
+                raise EndpointError("the endpoint repeats the prompt")
+            interim.outcome = hypothesis
+        except EndpointError as error:
+            if interim in self._pending:  # it has become a final: ask as for one
+                interim.launched = False
+            else:
+                interim.outcome = error
+        self._interims.asking = False
+        self._wake.set()
+
+    def _take_interim(self) -> None:
+        """Make final what an interim agrees on with the one before, and show the rest."""
+        answer = self._interims.answer()
+        if answer is None:
+            return
+        step, rest = self.state.transcript.agree(*answer)
+        if step:
+            self._advance(step)
+            self.segmenter.advance(step.resume)
+        if self.client and rest:
+            start = max(rest[0].start, self.state.transcript.end)
+            self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
+
+
+def span(timed: Word | Segment | Gap) -> dict[str, float]:
+    """Start and end as they stand in messages."""
+    return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ending: what is left to do when all audio of a session is heard.
+#
+# The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
+# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; the
+# upload goes on until it succeeds.
+# ------------------------------------------------------------------------------------------------------------
+
+STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
+
+
+class Ending:
+    """The end of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._archive = session, session.services.archive
+        self._begun = self.over = False  # over: nothing is left to do
+        self._ready = False  # `complete` may be said
+        self._told: Client | None = None  # the last one to whom it was
+
+    def announce(self) -> None:
+        """Send `complete`, the last message, and close, if it is time and there is a client."""
+        session, summary = self._session, self._session.state.summary
+        if not (self._ready and summary and session.client):
+            return
+        text, more = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed.", {}
+        if self._archive:
+            places = {name: self._archive.address(key) for name, key in self._keys().items()}
+            more["archive"] = {**places, "stored": session.state.stored}
+        self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
+        self._told.close(code, last=status_message("complete", text, **summary, **more))
+
+    def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
+        """Begin, once; wake the session when it is over."""
+        if not self._begun:
+            self._begun = True
+            tasks.create_task(self._run(wake))
+
+    async def _run(self, wake: asyncio.Event) -> None:
+        session = self._session
+        if session.state.summary is None:
+            await self._fill_gaps()
+            session.note("complete", summary=await self._sum_up())
+        async with asyncio.TaskGroup() as group:
+            upload = group.create_task(self._store())
+            await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
+            self._ready = True
+            self.announce()
+            if self._told:
+                await self._told.done.wait()
+            session.done.set()
+        if self._told:  # perhaps another one, that came meanwhile
+            await self._told.done.wait()
+        if session.abandoned or (self._told and self._told.answered):
+            session.recording.remove()
+        self.over = True
+        wake.set()
+
+    async def _fill_gaps(self) -> None:
+        places = asyncio.Semaphore(FLIGHTS)
+        async with asyncio.TaskGroup() as group:
+            for gap in sorted(self._session.state.gaps):
+                await places.acquire()
+                group.create_task(self._fill(gap, places))
+
+    async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
+        session, pending = self._session, Pending(await self._window(gap))
+        await session.transcribe(pending)
+        places.release()
+        if isinstance(pending.outcome, Hypothesis):
+            segment = Transcript(gap.start).settle(pending.outcome, pending.window).segment
+            message = {"message": session.final(segment, late=True)} if segment else {}
+            session.note("transcription" if segment else "filled", found=gap.start, **message)
+
+    async def _window(self, gap: Gap) -> Window:
+        """The window of a gap: its frames are found again, from its mark on."""
+        session, frames, now = self._session, Frames(), gap.mark.seconds
+        stream = session.listen_anew()
+        stream.go_on(gap.mark, session.recording.read)
+        while now < gap.end and not stream.ended:
+            data = session.recording.read(stream.offset, PIECE_BYTES)
+            for frame in stream.feed(data) if data else stream.end():
+                now += frame.seconds
+                frames.append(frame, now)
+            frames.forget(gap.start - LOOKBACK_SECONDS)
+            await asyncio.sleep(0)
+        frames = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+        return Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, frames)
+
+    async def _segments(self) -> list[Message]:
+        past = [event.get("message", {}) async for event, _ in self._session.recording.history()]
+        segments = [message for message in past if message.get("type") == "transcription"]
+        return sorted(segments, key=lambda segment: float(segment["start"]))
+
+    async def _sum_up(self) -> Message:
+        session, seconds = self._session, self._session.segmenter.now
+        spent, gaps = session.state.usage, [span(gap) for gap in session.state.gaps]
+        usage = {"audio_seconds": round(seconds, 3), "posted_seconds": round(spent.posted, 3)}
+        usage |= {"billed_seconds": spent.billed, "requests": spent.requests}
+        usage["factor"] = round(spent.posted / seconds, 3) if seconds else 0.0
+        what = (session.recording.session, session.state.reason, json.dumps(usage), len(gaps))
+        log.info("session %s: over (%s), %s, %d gaps", *what)
+        text = " ".join(segment["text"] for segment in await self._segments())
+        return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
+
+    def _keys(self) -> dict[str, str]:
+        session = self._session
+        key = f"{session.opened[:10].replace('-', '/')}/{session.recording.session}"
+        return {"audio": f"{key}.{session.stream.format.archive[0]}", "transcript": f"{key}.json"}
+
+    async def _store(self) -> None:
+        """Put recording and transcript into the bucket, however long it takes; of no audio there are none."""
+        session, recording, form = self._session, self._session.recording, self._session.stream.format
+        if self._archive is None or not recording.size or session.state.stored:
+            return
+        keys, (header, begin, size) = self._keys(), form.stored(recording.size)
+        about: Message = {"session": recording.session, "opened": session.opened}
+        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
+        text = json.dumps({**about, "segments": await self._segments()}, ensure_ascii=False).encode()
+        audio = Upload(keys["audio"], form.archive[1], header, recording, begin, size)
+        delay = STORE_LEAST
+        while True:
+            try:
+                await self._archive.store(audio)
+                await self._archive.store(Upload(keys["transcript"], "application/json", text, recording))
+                session.note("stored")
+                return
+            except ArchiveError as error:
+                log.warning("session %s: not stored yet, the spool keeps it: %s", recording.session, error)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, STORE_MOST)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Server: the handshake, the health pages, the sweep of the spool, and the way down.
+#
+# All refusals happen at the handshake, as plain HTTP. Behind it a connection is two tasks, one that reads
+# into its session and one that writes what the session says. The session has a task of its own, which
+# outlives them.
+# ------------------------------------------------------------------------------------------------------------
+
+SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
+MAX_MESSAGE_BYTES = 1 << 20
+OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 17  # of mallopt(3): bytes, from which on blocks are given back
+
+
+class Refusal(Exception):
+    """A handshake's answer that is no connection."""
+
+    def __init__(self, status: int, message: str, retry: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.retry = status, retry
+
+
+class Connection(ServerConnection):
+    """A connection with what its handshake has settled."""
+
+    options: Options
+
+
+class Server:
+    """All sessions of the process."""
+
+    def __init__(self, services: Services) -> None:
+        self._services, self._settings, self._draining = services, services.settings, False
+        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", self._settings.scribe_tokens)]
+        self._caveat = " Offline recognition: English only, and rough." if self._settings.offline else ""
+        self._sessions: dict[str, Session] = {}
+        self._works: dict[str, asyncio.Task[None]] = {}
+        self._hopeless: set[str] = set()  # sessions that cannot be finished
+        self._tasks: asyncio.TaskGroup
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Listen until `stop` is set, then drain."""
+        hooks: dict[str, Any] = {"create_connection": Connection, "process_request": self._check}
+        hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
+        hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
+        async with (
+            asyncio.TaskGroup() as self._tasks,
+            serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
+        ):
+            for socket in listener.sockets:
+                log.info("listening on %s port %d", *socket.getsockname()[:2])
+            sweep = self._tasks.create_task(self._sweep())
+            await stop.wait()
+            sweep.cancel()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Send clients to the next process, finish what has ended, and leave the rest in the spool."""
+        self._draining = True
+        waits = [self._tasks.create_task(session.drain()) for session in self._sessions.values()]
+        if waits:
+            log.info("draining %d sessions", len(waits))
+            await asyncio.wait(waits, timeout=self._settings.drain_seconds)
+        for task in (*waits, *self._works.values()):
+            task.cancel()
+
+    async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
+        path, _, query = request.path.partition("?")
+        if path == "/healthz" or (path == "/readyz" and not self._draining):
+            return connection.respond(200, "ok\n")
+        try:
+            if self._draining:
+                raise Refusal(503, "The server restarts.", RETRY_DRAINING)
+            if path != "/ws":
+                raise Refusal(404, "There are /ws, /healthz and /readyz.")
+            self._authorize(query, request.headers.get("Authorization", ""))
+            cast(Connection, connection).options = self._admit(query)
+        except Refusal as refusal:
+            response = connection.respond(refusal.status, f"{refusal}\n")
+            if refusal.retry:
+                response.headers["Retry-After"] = str(refusal.retry)
+            return response
+        return None
+
+    def _authorize(self, query: str, authorization: str) -> None:
+        scheme, _, bearer = authorization.partition(" ")
+        shown = [text for name, text in parse_qsl(query) if name == "token"]
+        shown += [bearer.strip()] if scheme.lower() == "bearer" else []
+        right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
+        if self._tokens and not any(right):
+            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+
+    def _admit(self, query: str) -> Options:
+        now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
+        try:
+            options = Options.parse(query)
+            known = self._sessions.get(options.session)  # of others the session itself tells what is wrong
+            if options.session:
+                self._find(options.session)
+        except ValueRefused as error:
+            raise Refusal(400, str(error)) from None
+        except SpoolError as error:
+            locked = isinstance(error, Locked)
+            raise Refusal(503 if locked else 404, str(error), RETRY_LOCKED if locked else 0) from None
+        if known and options.after > known.state.sequence:
+            raise Refusal(400, f"after: the last sequence number is {known.state.sequence}")
+        active = sum(not session.state.over for session in self._sessions.values())
+        if not options.session and active >= self._settings.max_sessions:
+            raise Refusal(503, "The server is full.", RETRY_FULL)
+        if not options.session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
+            raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
+        return options
+
+    def _find(self, name: str) -> Session:
+        """A session from here or from the spool. Raises SpoolError, Locked if it is another server's."""
+        known = self._sessions.get(name)
+        return known or self._start(Session.restore(self._services, self._services.spool.open(name)))
+
+    def _start(self, session: Session) -> Session:
+        name = session.recording.session
+        self._sessions[name] = session
+        self._works[name] = self._tasks.create_task(self._work(name, session))
+        return session
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        client, options = Client(connection), cast(Connection, connection).options
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.write())
+            try:
+                if options.session:
+                    session, status = self._find(options.session), "resumed"
+                    text = "Resumed. Send audio from byte `received` on, then END."
+                else:
+                    session, status = self._start(Session.begin(self._services, options)), "ready"
+                    text = "Connected. Send audio, then END."
+                    log.info("session %s: begun, %s", session.recording.session, options.format)
+                await session.attach(client, status, text + self._caveat, options.after)
+                with contextlib.suppress(ConnectionClosed):
+                    async for message in connection:
+                        await session.put(client, message)
+                session.detach(client)
+                client.close(CLOSE_DONE)
+            except SpoolError as error:
+                client.close(CLOSE_FAILED, "failed", error_message("failed", str(error), fatal=True))
+
+    async def _work(self, name: str, session: Session) -> None:
+        """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
+        message = ""
+        try:
+            await session.run()
+        except* SpoolError as errors:
+            error: BaseException = errors
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            log.error("session %s: %s", name, error)
+            message = f"{error}. What was received before is safe."
+            self._hopeless |= {name} if isinstance(error, Unreadable) else set()
+        except* Exception:
+            log.exception("session %s failed", name)
+            message = "The session failed. What was received is safe: resume later."
+            self._hopeless.add(name)
+        finally:
+            if message and session.client:
+                session.client.close(CLOSE_FAILED, "failed", error_message("failed", message, fatal=True))
+            del self._sessions[name], self._works[name]
+            session.done.set()
+            session.recording.release()
+
+    async def _sweep(self) -> None:
+        """Finish the sessions that nobody came back to, whichever server began them."""
+        grace = self._settings.grace_seconds
+        while True:
+            for session in self._sessions.values():
+                session.recording.touch()
+            for name in set(self._services.spool.sweep(grace)) - self._sessions.keys() - self._hopeless:
+                try:
+                    await self._find(name).abandon()
+                except Locked:
+                    pass  # it is another server's
+                except SpoolError as error:
+                    log.error("session %s cannot be finished: %s", name, error)
+                    self._hopeless.add(name)
+            await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one stops at once. Raises ValueRefused, OSError."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set() and task:
+            task.cancel()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    spool = Spool(settings)
+    engine: Engine = Sphinx() if settings.offline else Whisper(settings)
+    archive = Archive(settings) if settings.s3_bucket else None
+    try:
+        if archive:
+            await archive.open()
+        await Server(Services(settings, Desk(engine, settings), spool, archive)).serve(stop)
+    except asyncio.CancelledError:
+        log.warning("stopped at once; what is not finished is in the spool")
+    finally:
+        await engine.close()
+        if archive:
+            await archive.close()
+
+
+def main() -> int:
+    """The command: 0 after a clean stop, 1 if it cannot listen, 2 for settings that cannot be used."""
+    try:
+        settings = Settings.load(sys.argv[1:], os.environ)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
+        for library in ("httpx", "httpcore", "websockets", "botocore", "aiobotocore"):
+            logging.getLogger(library).setLevel(logging.WARNING)
+        if settings.offline:
+            log.warning("offline: PocketSphinx knows English only, and is rough")
+        if settings.host not in ("localhost", "127.0.0.1", "::1") and not settings.scribe_tokens:
+            log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
+        loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+        if importlib.util.find_spec("uvloop"):
+            loop = importlib.import_module("uvloop").new_event_loop
+        with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(run(settings))
+    except (ValueRefused, OSError) as error:
+        print(f"scribe: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueRefused) else 1
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers: what an endpoint says of a window, as words, without what nobody said; or why there are none.
+#
+# Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
+# words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
+# phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
+# ------------------------------------------------------------------------------------------------------------
+
+GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
+LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
+LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
+ECHO_WORDS = 4  # words of the prompt in a row that are an echo, not speech
+PHANTOM_SECONDS = 0.5  # with less speech than this nobody said a phantom
+PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
+    "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
+)
+
+
+def read_response(response: httpx.Response) -> dict[str, Any]:
+    """The endpoint's JSON. Raises EndpointError for what is no transcription."""
+    try:
+        content = response.json()
+    except (ValueError, RecursionError):
+        content = None
+    status = response.status_code
+    if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
+        return content
+    if status == 200:
+        raise EndpointError("the endpoint's answer is not a transcription")
+    error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
+    reason = error.get("message") if isinstance(error, dict) else error
+    message = f"the endpoint answered {status}: {str(reason or response.reason_phrase)[:200]}"
+    if status in (401, 403):
+        raise EndpointError(f"{message} (check OPENAI_API_KEY)", again=False)
+    if status == 429 and "insufficient_quota" in response.text:
+        raise EndpointError(f"{message} (the account has no credit left)", again=False)
+    again = status in (408, 409, 429) or status >= 500
+    raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds in `retry-after-ms` or `Retry-After` (RFC 9110, 10.2.3: seconds or a date); 0 for neither."""
+    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, float(milliseconds) / 1000 if milliseconds else float(after)), HOUR)
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time()), HOUR)
+    return 0.0
 
 
 def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
@@ -1526,596 +2453,848 @@ def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
     return len(words) >= ECHO_WORDS and normal(spelled(words)) in normal(prompt)
 
 
-def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
-    """How many of the first words were said before, as the last ones of the tail, which is not empty.
-
-    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
-    all else -1. Equal texts at another time are other words: a second of distance costs 3.
-    """
-    row = [-index for index in range(len(words) + 1)]
-    for known in tail:
-        above, row, ends = row, [0], []  # ends: without skipped words at the end, for those are new
-        for index, word in enumerate(words):
-            match = above[index] + (2 if normal(word.text) == normal(known.text) else -1)
-            ends.append(max(match, above[index + 1] - 1))
-            row.append(max(ends[index], row[index] - 1))
-    worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
-    best = max(worth, default=0.0)
-    if best > 0:
-        return worth.index(best) + 1
-    return sum(word.start + word.end < 2 * tail[-1].end for word in words)
-
-
-class Transcript:
-    """What of a session's text is final, and what the next hypothesis is compared with."""
-
-    def __init__(self, heard: float = 0.0) -> None:
-        self.heard = heard  # seconds; all words that end before it are final
-        self.resume = heard  # where the next request begins: before `heard` to hear words to align by
-        self.end = heard  # of the last segment
-        self.timed = True  # the endpoint gives word times, as far as is known
-        self._tail: list[Word] = []  # final words
-        self._previous: list[Word] = []  # of the last hypothesis, not final
-
-    def recall(self, words: Iterable[Word], end: float) -> None:
-        """Take up final words, in order, which end at a time in seconds."""
-        self._tail = [*self._tail, *words][-TAIL_WORDS:]
-        self.end = max(self.end, end)
-
-    def prompt(self, start: float) -> str:
-        """The end of the final text in front of a window that starts then."""
-        return spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)[-CARRIED_CHARACTERS:]
-
-    def settle(self, hypothesis: Hypothesis, window: Window) -> Segment | None:
-        """The final text of a window. If it ends in mid-speech, its last word is left to the next one."""
-        words, self._previous = self._fresh(hypothesis, window), []
-        self.heard = self.resume = window.end
-        if not window.clean and hypothesis.timed and words:
-            words = words[:-1] if words[-1].end > window.end - EDGE_SECONDS else words
-            self.heard = min(window.end, words[-1].end if words else window.start)
-            self.resume = max(window.start, self.heard - CONTEXT_SECONDS)
-        return self._segment(words, window, hypothesis.timed)
-
-    def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Segment | None, list[Word]]:
-        """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
-        words, before, self.timed = self._fresh(hypothesis, window), self._previous, hypothesis.timed
-        count = 0
-        if hypothesis.timed:
-            texts = [normal(word.text) for word in words if word.end <= window.end - EDGE_SECONDS]
-            pairs = zip(texts, (normal(word.text) for word in before), strict=False)
-            count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        agreed, self._previous = words[:count], words[count:]
-        if agreed:
-            self.heard = min(window.end, agreed[-1].end)
-            resume = self.heard - CONTEXT_SECONDS
-            self.resume = resume if resume >= window.start + TRIM_SECONDS else window.start
-        return self._segment(agreed, window, timed=True), self._previous
-
-    def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
-        if window.start >= self.heard - 1e-6 or not self._tail:
-            return hypothesis.words
-        return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
-
-    def _segment(self, words: list[Word], window: Window, timed: bool) -> Segment | None:
-        if not words:
-            return None
-        start, end = (words[0].start, words[-1].end) if timed else (window.first, window.last)
-        start = max(self.end, min(start, window.end))
-        end = max(start, min(end, window.end))
-        self.recall(words, end)
-        return Segment(words, start, end, timed)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Endpoint: one request to what hears. `Whisper` posts to an OpenAI-compatible endpoint, `Sphinx` asks
-# PocketSphinx in a process of its own. Both turn a `Post` into an answer as verbose_json has it, or raise an
-# EndpointError that says whether it is worth trying again. What an endpoint refuses is learnt once for the
-# process: it is asked for verbose_json with word times first, and for plain json after a 400 that names them.
+# Codecs and containers: the formats beside PCM, known to the path by the interface of `Format` only.
 # ------------------------------------------------------------------------------------------------------------
 
+# ---- Parsers: how containers are read ----
+#
+# A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
+# stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
+# limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
+# knows, with a warning; a format without marks ends there.
 
-class EndpointError(Exception):
-    """A request that brought no text."""
+MOST_WARNINGS = 100  # of one stream; more would only repeat them
+LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
+LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
 
-    def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
-        super().__init__(message)
-        self.again = again  # it may succeed later
-        self.wait = wait  # seconds that the endpoint wants to be left alone
-        self.limited = limited  # the endpoint is up, and this was one request too many
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """A window as it is posted: a standalone file of so many seconds, and what is asked of it."""
-
-    file: tuple[str, bytes, str]  # name, content, media type
-    seconds: float
-    options: Options
-    prompt: str
+Steps = Generator[None, None, None]
 
 
-class Whisper:
-    """The HTTP endpoint: one pooled client, multipart from memory."""
+class Damage(FormatError):
+    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._refused: set[str] = set()  # fields of the form that the endpoint does not take
-        url = settings.endpoint_url or settings.openai_base_url.rstrip("/") + "/audio/transcriptions"
-        translate = url.replace("/audio/transcriptions", "/audio/translations")
-        self._urls = {"transcribe": url, "translate": translate}
-        bearer = "Bearer " if settings.key_header.lower() == "authorization" else ""
-        key = settings.openai_api_key
-        limits = httpx.Limits(max_connections=settings.concurrency)
-        timeout = httpx.Timeout(settings.request_seconds, pool=None)
-        headers = {settings.key_header: bearer + key} if key else {}
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+class Parser(Format):
+    """A format that is read element by element: a subclass gives `step`."""
 
-    async def ask(self, post: Post) -> dict[str, Any]:
-        """The endpoint's JSON. Raises EndpointError."""
+    part = b""  # of what goes on in the next element
+    mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
+
+    def __init__(self, *declared: Any) -> None:
+        super().__init__(*declared)
+        self.found: list[Frame] = []
+        self._element = self._warned = 0  # where the element begins that is being read; how many warnings
+        self._steps = self._run()
+
+    def parse(self) -> list[Frame]:
+        try:
+            next(self._steps)
+        except FormatError as error:
+            self.error = error
+            self.buffer.clear()
+        frames, self.found = self.found, []
+        return frames
+
+    def place(self) -> int | None:
+        return None if super().place() is None or self.part else self._element
+
+    def jump(self, offset: int) -> None:
+        super().jump(offset)
+        self._element, self._steps = offset, self._run()
+
+    def end(self) -> list[Frame]:
+        if self.error is None and self._element < self.offset + len(self.buffer):
+            self.warn(f"The stream breaks off in what begins at byte {self._element}; that part is not used.")
+        return super().end()
+
+    def step(self) -> Steps:
+        """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
+        raise NotImplementedError
+
+    def sync(self, mark: re.Pattern[bytes]) -> bool:
+        """Drop what comes before the next mark, if it is there."""
+        found = mark.search(self.buffer)
+        self.drop(found.start() if found else max(0, len(self.buffer) - 3))
+        return found is not None
+
+    def _run(self) -> Steps:
         while True:
-            form = self._form(post)
+            self._element = self.offset
             try:
-                async with asyncio.timeout(self._settings.request_seconds):  # httpx only bounds each read
-                    url, files = self._urls[post.options.task], {"file": post.file}
-                    response = await self._client.post(url, data=form, files=files)
-                response.stream = httpx.ByteStream(
-                    b""
-                )  # httpx's refers to the response: the audio would stay
-            except TimeoutError:
-                raise EndpointError("the endpoint did not answer in time") from None
-            except httpx.HTTPError as error:
-                raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
-            if response.status_code != 400 or not self._learn(response.text, form):
-                return _answer(response)
+                yield from self.step()
+            except Damage as damage:
+                if self.mark is None:
+                    raise FormatError(f"Byte {self._element}: {damage}. {CONVERT}") from None
+                while not self.sync(self.mark):
+                    yield
+                if self.offset > self._element:
+                    self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
 
-    def _form(self, post: Post) -> dict[str, Any]:
-        form: dict[str, Any] = {"model": self._settings.model, "response_format": "verbose_json"}
-        form["timestamp_granularities[]"] = ["word", "segment"]
-        if post.options.language and post.options.task == "transcribe":
-            form["language"] = post.options.language
-        if post.prompt:
-            form["prompt"] = post.prompt
-        for name in self._refused & form.keys():
-            refused = form.pop(name)
-            if name == "response_format":
-                form[name] = "json"
-            elif name == "language":  # of models that take several
-                form["languages[]"] = refused
-        return form
+    def need(self, size: int) -> Steps:
+        """Wait until the buffer holds so many bytes."""
+        if size > LARGEST_TAKE:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while len(self.buffer) < size:
+            yield
 
-    def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
-        """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
-        unknown = re.search(
-            "unknown|unsupported|unrecognized|unexpected|not support|languages", complaint, re.IGNORECASE
-        )
-        for name in ("timestamp_granularities[]", "response_format", "language", "prompt"):
-            fixed = name in ("timestamp_granularities[]", "response_format")  # the same for all clients
-            if (
-                name in form
-                and name not in self._refused
-                and name.rstrip("[]") in complaint
-                and (fixed or unknown)
-            ):
-                log.info("the endpoint refuses %s: doing without", name)
-                self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
-                return True
-        return False
+    def take(self, size: int) -> Generator[None, None, bytes]:
+        yield from self.need(size)
+        return self.drop(size)
+
+    def skip(self, size: int) -> Steps:
+        """Pass over bytes without holding them."""
+        if size > LARGEST_SKIP:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while size > len(self.buffer):
+            size -= len(self.drop(len(self.buffer)))
+            yield
+        self.drop(size)
+
+    def warn(self, text: str) -> None:
+        """Say what was skipped, but do not flood the client of a damaged stream."""
+        self._warned += 1
+        if self._warned <= MOST_WARNINGS:
+            self.warnings.append(text)
 
 
-def _answer(response: httpx.Response) -> dict[str, Any]:
-    try:
-        content = response.json()
-    except (ValueError, RecursionError):
-        content = None
-    status = response.status_code
-    if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
-        return content
-    if status == 200:
-        raise EndpointError("the endpoint's answer is not a transcription")
-    error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
-    reason = error.get("message") if isinstance(error, dict) else error
-    message = f"the endpoint answered {status}: {str(reason or response.reason_phrase)[:200]}"
-    if status in (401, 403):
-        raise EndpointError(f"{message} (check OPENAI_API_KEY)", again=False)
-    if status == 429 and "insufficient_quota" in response.text:
-        raise EndpointError(f"{message} (the account has no credit left)", again=False)
-    again = status in (408, 409, 429) or status >= 500
-    raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
+# ---- Samples as they are written, and WAV as it is streamed ----
+
+# From here on, and at 0, the data size of a WAV is a streaming writer's, and no size.
+WAV_LIVE_SIZE = 0x7FFF_0000
+WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds in `retry-after-ms` or `Retry-After` (RFC 9110, 10.2.3: seconds or a date); 0 for neither."""
-    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
-    with contextlib.suppress(ValueError):
-        return min(max(0.0, float(milliseconds) / 1000 if milliseconds else float(after)), HOUR)
-    with contextlib.suppress(ValueError):
-        return min(max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time()), HOUR)
-    return 0.0
+def _mulaw(code: int) -> int:
+    exponent, step = ~code >> 4 & 7, 2 * (~code & 15) + 33  # ITU-T G.711
+    return ((step << exponent) - 33) * (4 if code & 128 else -4)
 
 
-SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
-_sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it
+def _alaw(code: int) -> int:
+    exponent, step = (code ^ 0x55) >> 4 & 7, 2 * ((code ^ 0x55) & 15) + 33  # ITU-T G.711
+    return (step << exponent if exponent else 2 * step - 64) * (4 if code & 128 else -4)
 
 
-class Sphinx:
-    """PocketSphinx with the small English model of its wheel. It takes PCM and keeps a core busy."""
+def _codes(linear: Callable[[int], int]) -> tuple[bytes, bytes]:
+    table = struct.pack("<256h", *map(linear, range(256)))
+    return table[0::2], table[1::2]
+
+
+class Encoding(NamedTuple):
+    """How samples are written."""
+
+    size: int  # bytes of a sample
+    tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
+    codes: tuple[bytes, bytes] | None = None  # low and high bytes of what samples of 8 bits stand for
+
+    def listen(self, data: bytes, n: int, count: int) -> Iterator[tuple[int, ...]]:
+        """Every n-th sample as PCM16, in runs of `count`."""
+        if self.size == 2:  # as live audio is: to iterate over a view takes longer
+            return struct.iter_unpack(f"h{2 * n - 2}x" * count, data + bytes(-len(data) % (2 * n)))
+        return struct.iter_unpack(f"{count}h", self.decode(data, n))
+
+    def decode(self, data: bytes, n: int = 1) -> memoryview:
+        """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
+        if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
+            return memoryview(data).cast("h")[::n]
+        if self.tag == 3:
+            floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
+            clipped = [round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats]
+            return memoryview(array("h", clipped))
+        low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
+        if self.codes:
+            low, high = map(high.translate, self.codes)
+        samples = bytearray(2 * len(high))
+        samples[0::2], samples[1::2] = low, high
+        return memoryview(samples).cast("h")
+
+
+ENCODINGS = {
+    "pcm_u8": Encoding(1, 1, _codes(lambda code: (code - 128) << 8)),
+    "pcm_s16le": Encoding(2, 1),
+    "pcm_s24le": Encoding(3, 1),
+    "pcm_s32le": Encoding(4, 1),
+    "pcm_f32le": Encoding(4, 3),
+    "pcm_f64le": Encoding(8, 3),
+    "alaw": Encoding(1, 6, _codes(_alaw)),
+    "mulaw": Encoding(1, 7, _codes(_mulaw)),
+}
+
+
+def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
+    """The header of a WAV with `size` bytes of samples; RF64 (EBU Tech 3306) where 32 bits cannot hold it."""
+    block = encoding.size * channels
+    fmt = struct.pack("<HHIIHH", encoding.tag, channels, rate, rate * block, block, 8 * encoding.size)
+    if encoding.tag != 1:  # all but PCM have a size of extension and a fact chunk
+        fmt += struct.pack("<H4sII", 0, b"fact", 4, min(size // block, 0xFFFF_FFFF))
+    chunks = struct.pack("<4sI", b"fmt ", 16 if encoding.tag == 1 else 18) + fmt + b"data"
+    whole = 8 + len(chunks) + size
+    if whole <= 0xFFFF_FFFF:
+        return struct.pack("<4sI4s", b"RIFF", whole, b"WAVE") + chunks + size.to_bytes(4, "little")
+    ds64 = struct.pack("<4sIQQQI", b"ds64", 28, whole + 36, size, size // block, 0)
+    return b"RF64\xff\xff\xff\xffWAVE" + ds64 + chunks + b"\xff\xff\xff\xff"
+
+
+class Wav(Parser, Pcm):
+    """A WAV as it is streamed: any encoding, rate and channels. Sizes are believed where they can be true."""
+
+    name = "wav"
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("pocketsphinx") is None:
-            raise ValueRefused("--offline needs PocketSphinx: pip install pocketsphinx")
-        context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
-        self._pool = ProcessPoolExecutor(1, context, _sphinx_start)
+        super().__init__("pcm_s16le", 16000, 1)
+        self._end = 0
 
-    async def close(self) -> None:
-        """End the worker."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def step(self) -> Steps:
+        """Read the header, samples, or what follows them."""
+        if self.offset > self._end:  # as only a jump can be
+            self._end = ENDLESS
+        if not self._first_sample:
+            yield from self._header()
+        elif self.offset < self._end:
+            yield from self.need(min(self._unit, self._end - self.offset))
+            self.found += self._read()
+        else:
+            yield from self.need(self._padding + 8)
+            behind = bytes(self.buffer[self._padding : self._padding + 8])
+            if behind.startswith(b"RIFF"):
+                raise FormatError(f"Byte {self.offset}: a second WAV begins; a session transcribes only one.")
+            while WAV_CHUNK.fullmatch(behind):  # no more samples
+                self.drop(len(self.buffer))
+                yield
+            self._end = ENDLESS  # the writer never came back to correct the size
 
-    async def ask(self, post: Post) -> dict[str, Any]:
-        """What PocketSphinx hears, in the shape of verbose_json. Raises EndpointError."""
-        if post.file[2] != Pcm.media_type:
-            raise EndpointError("--offline takes PCM and WAV only", again=False)
-        try:
-            words = await asyncio.get_running_loop().run_in_executor(self._pool, _sphinx_hear, post.file[1])
-        except BrokenProcessPool:
-            raise EndpointError("the offline recogniser died: restart the server", again=False) from None
-        return {"text": " ".join(word["word"] for word in words), "words": words}
+    def _header(self) -> Steps:
+        yield from self.skip(12)
+        kind = fmt = b""
+        while kind != b"data":
+            kind, size = struct.unpack("<4sI", (yield from self.take(8)))
+            if kind == b"fmt ":
+                fmt = yield from self.take(size + size % 2)
+            elif kind != b"data":
+                yield from self.skip(size + size % 2)
+        self._describe(fmt)
+        self._first_sample, self._padding = self.offset, size % self.block + size % 2
+        self._end = ENDLESS if size >= WAV_LIVE_SIZE else self.offset + size - size % self.block
 
+    def end(self) -> list[Frame]:
+        if not self._first_sample:
+            self.error = self.error or FormatError(f"Byte {self.offset}: the WAV ends before its samples.")
+            return []
+        if self.offset == self._first_sample:
+            self._end = ENDLESS  # too few to tell from a chunk
+        return super().end()
 
-def _sphinx_start() -> None:
-    """Load the model in the worker, which leaves Ctrl-C to the server and dies with it."""
-    global _sphinx
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_sphinx_end, daemon=True).start()
-    import pocketsphinx
-
-    _sphinx = pocketsphinx.Decoder(samprate=SPHINX_RATE, loglevel="FATAL")
-
-
-def _sphinx_end() -> None:
-    server = multiprocessing.parent_process()
-    if server:
-        server.join()
-        os._exit(0)
-
-
-def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
-    """The words of one of our WAVs."""
-    channels, rate = struct.unpack_from("<HI", wav, 22)
-    _sphinx.start_utt()
-    _sphinx.process_raw(_resampled(memoryview(wav)[44:].cast("h"), rate, channels), full_utt=True)
-    _sphinx.end_utt()
-    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
-    spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
-    return [
-        {"word": w, "start": start / SPHINX_FRAMES, "end": end / SPHINX_FRAMES} for w, start, end in spoken
-    ]
-
-
-def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
-    """PCM16 as 16 kHz mono, each sample the mean of those it stands for: rough, as all of --offline is."""
-    count = len(samples) // channels * SPHINX_RATE // rate
-    edges = [index * rate // SPHINX_RATE * channels for index in range(count + 1)]
-    sums = [0, *accumulate(samples)]
-    spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
-    return array("h", [(sums[end] - sums[begin]) // (end - begin) for begin, end in spans]).tobytes()
+    def _describe(self, fmt: bytes) -> None:
+        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
+        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
+            tag = int.from_bytes(fmt[24:26], "little")
+        encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
+        if not encoding or rate not in RATES or channels not in CHANNELS:
+            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
+            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
+            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
+        self._declare(encoding, rate, channels)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Desk: who may ask the endpoint, and when. One for the process.
+# ---- Opus: packets in, Ogg files out ----
 #
-# Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
-# requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
+# A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
+# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
+# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
 #
-# What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
-# a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
-# again the circuit opens: one request at a time goes out as a probe, ever later, until one succeeds.
-# ------------------------------------------------------------------------------------------------------------
+# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
+# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
+# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
+# energies from the frame before, so every packet must be seen, in order. A model is the cumulative
+# frequencies of the symbols of an alphabet.
 
-BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
-CIRCUIT_FAILURES = 5  # in a row, not counting 429
-MINUTE, HOUR = 60.0, 3600.0  # seconds
-DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
-DISTANCE_MOST = 20.0  # seconds
-DISTANCE_SAMPLE = 60  # requests in a minute below which their number does not tell what the limit is
-SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap on billed seconds: interims are fewer; there are none
-
-
-@dataclass(slots=True)
-class Usage:
-    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
-
-    posted: float = 0.0
-    billed: int = 0
-    requests: int = 0
-
-    def add(self, seconds: float) -> None:
-        """Count a request that was answered."""
-        self.posted += seconds
-        self.billed += math.ceil(seconds - 1e-6)
-        self.requests += 1
+LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
+LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
+# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
+OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-class Desk:
-    """Hands out the endpoint's slots, retries, and keeps the account. A session is known by its usage."""
+def opus_model(*frequencies: int) -> list[int]:
+    """The model of symbols of these frequencies."""
+    return list(accumulate(frequencies))
 
-    def __init__(self, engine: Whisper | Sphinx, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
-        self._clock = asyncio.get_running_loop().time
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []  # since when, session, slot
-        self._flying: Counter[int] = Counter()  # requests in flight of each session
-        self._sent: deque[float] = deque()  # when requests went out, in the last minute
-        self._billed: deque[tuple[float, int]] = deque()  # when, and how many seconds, in the last hour
-        self._least = MINUTE / settings.requests_per_minute if settings.requests_per_minute else 0.0
-        self._distance = self._least  # seconds between two requests
-        self._next = 0.0  # when another request may go out
-        self._failures = 0  # in a row
-        self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, usage: Usage, prepare: Callable[[], Post | None]) -> dict[str, Any] | None:
-        """The answer to a post that must be answered; `prepare` gives it once there is a slot, None for none.
+def opus_laplace(zero: int, decay: int) -> list[int]:
+    """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
+    frequencies, left = [zero << 7], 32768 - (zero << 7)
+    width = ((left - 32) * (16384 - (decay << 6)) >> 15) + 1  # the 32 leave room for 16 symbols of each sign
+    while left > 0:
+        frequencies += [min(width, left), max(0, min(width, left - width))]
+        left -= 2 * width
+        width = ((width - 1) * (decay << 7) >> 15) + 1
+    return opus_model(*frequencies)
 
-        Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
-        requests does not count, waiting for a dead endpoint does.
-        """
-        left, attempt = self._settings.deadline_seconds, 0
-        while True:
-            async with self._slot(id(usage), math.inf):
-                asked = self._clock()
-                post = prepare()
-                if post is None:
-                    return None
-                try:
-                    return await self._ask(usage, post)
-                except EndpointError as error:
-                    delay = max(error.wait, _backoff(attempt))
-                    left -= self._clock() - asked + delay
-                    if not error.again or left < 0:
-                        raise
-            attempt += 1
-            await asyncio.sleep(delay)
 
-    async def interim(self, usage: Usage, prepare: Callable[[], Post]) -> dict[str, Any]:
-        """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
-        async with self._slot(id(usage), self._clock()):
-            return await self._ask(usage, prepare())
+OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = (opus_model(zeros, 1) for zeros in (1, 7, 32767))  # flags
+CELT_OCTAVE, CELT_TAPSET = opus_model(1, 1, 1, 1, 1, 1), opus_model(2, 1, 1)
+CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
+CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
+# Probability of 0 and decay: of energies predicted from the last frame, and of those that are not (intra).
+CELT_ZEROS = (42, 96, 108, 111, 117, 123, 120, 119, 127, 134, 139, 147, 152)
+CELT_DECAYS = (121, 66, 43, 40, 44, 32, 36, 33, 33, 34, 21, 23, 20)
+CELT_INTRA_ZEROS = (22, 63, 74, 84, 92, 103, 96, 96, 101, 107, 113, 118, 125)
+CELT_INTRA_DECAYS = (178, 114, 82, 83, 82, 62, 72, 67, 73, 72, 55, 52, 52)
+CELT_INTER = 0.5, 0.2, list(map(opus_laplace, CELT_ZEROS, CELT_DECAYS))  # alpha, beta, models
+CELT_INTRA = 0.0, 0.15, list(map(opus_laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECAYS))
+CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
+    4 ** (mean / 16) / (1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240))
+    for mean, (low, high) in zip(CELT_MEANS, pairwise(CELT_EDGES), strict=True)
+]
+CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
+CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
+SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
+    opus_model(7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7),
+    *(opus_model(85, 86, 85), opus_model(51, 51, 52, 51, 51)) * 2,
+]
+SILK_MID_ONLY, SILK_LOW_BITS = opus_model(192, 64), opus_model(1, 1, 1, 1, 1, 1, 1, 1)
+SILK_TYPES = opus_model(26, 230), opus_model(24, 74, 148, 10)  # without and with voice activity
+SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
+    opus_model(32, 112, 68, 29, 12, 1, 1, 1),
+    opus_model(2, 17, 45, 60, 62, 47, 19, 4),
+    opus_model(1, 3, 26, 71, 94, 50, 9, 2),
+)
+SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
+SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
+SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
 
-    def spare(self) -> bool:
-        """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
-        unused = self._clock() - self._next >= self._distance
-        return not self._waiting and not self._failures and unused and self._delay() <= 0
 
-    def failing(self) -> bool:
-        """Whether the circuit is open."""
-        return self._failures >= CIRCUIT_FAILURES
+class RangeDecoder:
+    """Symbols out of the first 64 bytes of a frame, which is more than any level takes."""
 
-    def load(self) -> float:
-        """The share of the slots that is taken."""
-        return self._flying.total() / self._settings.concurrency
+    def __init__(self, frame: bytes) -> None:
+        self.bytes = (int.from_bytes(frame[:64].ljust(80, b"\0"), "big") >> 1).to_bytes(80, "big")
+        self.at, self.range = 4, 1 << 31
+        self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
 
-    def spent(self) -> float:
-        """The share of the process's hourly cap that is used up."""
-        while self._billed and self._billed[0][0] < self._clock() - HOUR:
-            self._billed.popleft()
-        cap = self._settings.hourly_billed_seconds
-        return sum(seconds for _, seconds in self._billed) / cap if cap else 0.0
+    def read(self, model: list[int]) -> int:
+        """The next symbol, by its place in the alphabet."""
+        unit, total = self.range // model[-1], model[-1]
+        place = total - 1 - self.value // unit
+        symbol = bisect_right(model, place) if place > 0 else 0
+        above = unit * (total - model[symbol])
+        self.value -= above
+        self.range = unit * (model[symbol] - model[symbol - 1]) if symbol else self.range - above
+        while self.range <= 1 << 23:
+            self.range <<= 8
+            self.value = (self.value << 8 | 255 - self.bytes[self.at]) & 0x7FFFFFFF
+            self.at += 1
+        return symbol
 
-    async def _ask(self, usage: Usage, post: Post) -> dict[str, Any]:
-        asked = self._clock()
-        try:
-            answer = await self._engine.ask(post)
-        except EndpointError as error:
-            self._learn(error, asked)
-            raise
-        usage.add(post.seconds)
-        self._billed.append((asked, math.ceil(post.seconds - 1e-6)))
-        self._failures, self._distance = 0, max(self._least, self._distance * DISTANCE_DECAY)
-        return answer
 
-    def _learn(self, error: EndpointError, asked: float) -> None:
-        now = self._clock()
-        if error.limited:
-            self._failures = 0
-            if asked >= self._next - self._distance or self._distance == self._least:  # the first of a volley
-                known = MINUTE / max(DISTANCE_SAMPLE, len(self._sent))
-                self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
-            self._next = max(self._next, now + (error.wait or self._distance))
-        elif error.again:
-            self._failures += 1
-            if self.failing():
-                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES))
-                self._next = max(self._next, now + wait)
+def opus_frames(packet: bytes) -> list[bytes]:
+    """The frames of a packet; none where it breaks a rule of RFC 6716, 3.4."""
+    if not packet:
+        return []
+    code, at, end = packet[0] & 3, 1, len(packet)
+    count, variable = (1, 2, 2, 0)[code], code == 2
+    if code == 3 and at < end:
+        count, variable, padded, at = packet[1] & 63, packet[1] > 127, packet[1] & 64 > 0, 2
+        while padded and at < len(packet):
+            padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
+    if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= LONGEST_PACKET:
+        return []
+    sizes = [(end - at) // count] * count
+    if variable:
+        for i in range(count - 1):
+            first, second = packet[at : at + 2].ljust(2, b"\0")
+            sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
+        sizes[-1] = end - at - sum(sizes[:-1])
+    if min(sizes) < 0 or max(sizes) > LARGEST_OPUS_FRAME or at + sum(sizes) != end:
+        return []
+    return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, session: int, until: float) -> AsyncIterator[None]:
-        """Hold one of the endpoint's slots. Raises EndpointError when there is none by a time."""
-        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (self._clock(), session, slot)
-        self._waiting.append(entry)
-        try:
-            self._grant()
-            await self._granted(slot, until)
-            yield
-        finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+
+def ogg_sum(page: bytes) -> bytes:
+    """A page's checksum: that of zlib, but with the bits of bytes mirrored, and without its inversions."""
+    value = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(OGG_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return value.to_bytes(4, "big").translate(OGG_MIRRORED)
+
+
+def ogg_page(flags: int, samples: int, number: int, packets: Sequence[bytes]) -> bytes:
+    """A page of whole packets; flags: 2 for the first of a file, 4 for the last."""
+    laces = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets)
+    head = struct.pack("<4sxBQIIIB", b"OggS", flags, samples, 1, number, 0, len(laces))
+    page = b"".join([head, laces, *packets])
+    return page[:22] + ogg_sum(page) + page[26:]
+
+
+class Opus(Parser):
+    """Opus in some container. Every packet is a frame."""
+
+    extension, media_type, lead = "ogg", "audio/ogg", 0.08
+    head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"  # in case the stream has none: two channels, 48 kHz
+    energies = [[0.0] * len(CELT_MEANS)] * 2  # of the last CELT frame by channel and band, log2
+
+    def begin(self, head: bytes) -> None:
+        """Take an OpusHead: a recording begins."""
+        if not head.startswith(b"OpusHead") or len(head) < 19:
+            raise Damage("a broken OpusHead")
+        self.head, self.energies = head, Opus.energies
+
+    def packet(self, packet: bytes, offset: int, size: int) -> None:
+        """Take a packet that lies at `offset` of the stream, in `size` bytes."""
+        frames = opus_frames(packet) if size < LARGEST_PACKET else []
+        if not frames:
+            self.warn(f"Bytes {offset} to {offset + size - 1} were skipped: they are no packet of Opus.")
+            return
+        level = math.nan if self.head[18] else self.level(packet[0], frames)  # several streams in one
+        self.found.append(Frame(offset, size, len(frames) * OPUS_SAMPLES[packet[0] >> 3] / 48000, level))
+
+    def level(self, toc: int, frames: list[bytes]) -> float:
+        """Mean loudness of a packet's frames in dBFS; NaN for CELT frames that are shorter than 20 ms."""
+        samples, stereo, celt, power = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128, 0.0
+        if celt and samples < 960:
+            return math.nan
+        for frame in frames:
+            if len(frame) > 2:  # shorter ones stand for silence that is not sent
+                level = self._celt(frame, stereo) if celt else self._silk(frame, stereo, -(-samples // 960))
+                power += 10 ** (level / 10)
+        return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power / len(frames) + 1e-12)))
+
+    def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
+        """The level of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
+        self.energies, read = Opus.energies, RangeDecoder(frame).read
+        voices = [[read(OPUS_EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
+        if any(channel.pop() for channel in voices):
+            return SILK_COPIED[any(voices[0])]
+        for alphabet in SILK_STEREO if stereo else []:
+            read(alphabet)
+        if stereo and not voices[1][0]:
+            read(SILK_MID_ONLY)
+        voice = voices[0][0]
+        kind = voice + read(SILK_TYPES[voice]) // 2
+        return SILK_LEVELS[kind] + SILK_STEP * (8 * read(SILK_GAINS[kind]) + read(SILK_LOW_BITS))
+
+    def _celt(self, frame: bytes, stereo: bool) -> float:
+        """The level of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
+        decoder = RangeDecoder(frame)
+        read = decoder.read
+        if read(OPUS_RARE):
+            self.energies = [[-28.0] * len(CELT_MEANS)] * 2
+            return SILENT_DB
+        if read(OPUS_EVEN):  # a pitch filter; the rest of it stands at the frame's other end
+            read(CELT_OCTAVE)
+            read(CELT_TAPSET)
+        short = read(OPUS_EIGHTH)
+        alpha, beta, models = CELT_INTRA if read(OPUS_EIGHTH) else CELT_INTER
+        channels = [energies.copy() for energies in self.energies[: 1 + stereo]]
+        below, power = [0.0, 0.0], 0.0
+        for band, (alphabet, weight) in enumerate(zip(models, CELT_WEIGHTS, strict=True)):
+            for channel, energies in enumerate(channels):
+                symbol = read(alphabet) if decoder.at <= len(frame) + 1 else 1  # -1 where the frame is over
+                change = -(symbol + 1 >> 1) if symbol & 1 else symbol >> 1
+                energies[band] = energy = alpha * max(-9.0, energies[band]) + below[channel] + change
+                below[channel] += (1 - beta) * change
+                power += weight * 4 ** min(energy, 32.0)
+        self.energies = channels if stereo else channels * 2
+        return CELT_FULL_SCALE + CELT_SHORT * short + 10 * math.log10(power / len(channels))
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """An Ogg file. Its pre-skip makes the decoder drop the lead, to the sample."""
+        durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in frames]
+        head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
+        pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
+        waiting: list[bytes] = []
+        samples, room = 0, 255  # laces that the page has room for
+        for packet, duration in zip(frames, durations, strict=True):
+            room -= len(packet) // 255 + 1
+            if room < 0:
+                pages.append(ogg_page(0, samples, len(pages), waiting))
+                waiting, room = [], 254 - len(packet) // 255
+            waiting.append(packet)
+            samples += duration
+        return b"".join([*pages, ogg_page(4, samples, len(pages), waiting)])
+
+
+class OggOpus(Opus):
+    """Opus in Ogg. Where a packet goes on in the next page, its frame holds that page's header too."""
+
+    name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
+    inner = re.compile(rb"(?s)OggS\0[\1\5].{20}(.)")  # header of a page that goes on with a packet
+    serial = b""  # of the logical stream that is read
+    part_offset = -1  # of a packet that goes on in the next page; -1 where its beginning is lost
+
+    def step(self) -> Steps:
+        yield from self.need(27)
+        body = 27 + self.buffer[26] if self.buffer.startswith(b"OggS") else 27
+        yield from self.need(body)
+        laces, offset = self.buffer[27:body], self.offset
+        page = yield from self.take(body + sum(laces))
+        if not page.startswith(b"OggS") or ogg_sum(page) != page[22:26]:
+            self.offset, self.buffer[:0], self.part_offset = offset + 1, page[1:], -1
+            raise Damage("no whole page of Ogg")
+        if page.startswith(b"OpusHead", body):
+            self.serial, self.head, self.origin = page[14:18], Opus.head, offset
+        if page[14:18] != self.serial:
+            return
+        if not (page[5] & 1 and self.part):
+            self.part, self.part_offset = b"", -1 if page[5] & 1 else offset + body
+        for lace in laces:
+            self.part += page[body : body + lace]
+            body += lace
+            if lace < 255:
+                if self.part.startswith(b"OpusHead"):
+                    self.begin(self.part)
+                elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
+                    self.packet(self.part, self.part_offset, offset + body - self.part_offset)
+                self.part, self.part_offset = b"", offset + body
+        self.part = self.part[:LARGEST_PACKET]
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """See Opus. Headers of pages are taken out of the packets."""
+        packets = []
+        for packet in frames:
+            while found := self.inner.search(packet):
+                packet = packet[: found.start()] + packet[found.end() + found[1][0] :]
+            packets.append(packet)
+        return super().file(packets, lead)
+
+
+# ---- WebM: what browsers record ----
+#
+# Elements are an ID, a size and a content; both numbers are of variable length (RFC 8794). Recorders leave
+# the sizes of Segment and Cluster unknown, so there is no stack: containers are entered, never left, and all
+# else is of a size.
+
+WEBM_EBML, WEBM_CLUSTER, WEBM_TRACKS = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x16\x54\xae\x6b"
+WEBM_CONTAINERS = b"\x18\x53\x80\x67", b"\xa0", WEBM_CLUSTER  # Segment, BlockGroup
+WEBM_ENTRY, WEBM_NUMBER, WEBM_CODEC, WEBM_PRIVATE = b"\xae", b"\xd7", b"\x86", b"\x63\xa2"  # in Tracks
+WEBM_BLOCKS = b"\xa3", b"\xa1"  # SimpleBlock, Block: the track's number, time (2 bytes), flags, a packet
+# What else stands in clusters and block groups: times, sizes, references, additions, filling, checksums.
+WEBM_DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75[\xa1\xa2]")
+
+
+class WebM(Opus):
+    """Opus in WebM: the first track that has it. A new recording may begin in mid-stream."""
+
+    name, archive = "webm", ("webm", "audio/webm")
+    mark = re.compile(re.escape(WEBM_EBML) + b"|" + re.escape(WEBM_CLUSTER))
+    track = -1  # first byte of the blocks that are read
+    entry: Mapping[bytes, bytes] = {}  # of the track that is being described
+    entry_end = 0  # offset behind it
+
+    def _number(self, longest: int) -> Generator[None, None, bytes]:
+        """A number of variable length, still with the bit that marks its length."""
+        yield from self.need(1)
+        length = 9 - self.buffer[0].bit_length()
+        if length > longest:
+            self.drop(1)
+            raise Damage("no element of WebM")
+        return (yield from self.take(length))
+
+    def step(self) -> Steps:
+        """Read one element, or enter it."""
+        element, digits = (yield from self._number(4)), (yield from self._number(8))
+        size = int.from_bytes(digits, "big") ^ 1 << 7 * len(digits)
+        if element in WEBM_BLOCKS:
+            block = yield from self.take(size)
+            if size < 4 or block[0] != self.track:
+                return
+            if block[3] & 6:
+                raise FormatError(f"Byte {self.offset - size}: blocks with lacing are not read. {CONVERT}")
+            self.packet(block[4:], self.offset - size + 4, size - 4)
+        elif element in (WEBM_NUMBER, WEBM_CODEC, WEBM_PRIVATE):
+            self.entry = entry = {**self.entry, element: (yield from self.take(size))}
+            number = 0x80 | int.from_bytes(entry.get(WEBM_NUMBER, b""), "big")
+            if entry.get(WEBM_CODEC) == b"A_OPUS" and number > 0x80 and self.track in (-1, number):
+                self.track = number
+                self.begin(entry.get(WEBM_PRIVATE, self.head))
+        elif element == WEBM_ENTRY:
+            self.entry, self.entry_end = {}, self.offset + size
+        elif element == WEBM_TRACKS:
+            self.track, self.head, self.origin = -1, Opus.head, self._element
+        elif element not in WEBM_CONTAINERS:
+            if len(element) < 4 and self.offset >= self.entry_end and not WEBM_DETAILS.fullmatch(element):
+                raise Damage("no element of WebM")
+            yield from self.skip(size)
+
+
+# ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
+#
+# Header, side information, main data. The data of a frame may begin in frames before it, and the sound of two
+# frames before it overlaps its own. So a file begins with an Info frame, which says how many frames there
+# are, a silent frame, whose unused end holds the borrowed bytes, and these two frames; players skip what the
+# Info frame tells them to. Loudness is guessed from the side information: the gain, which is the size of a
+# quantiser's step, and the bits spent, which tell how many steps. It is right to 10 or 15 dB.
+
+MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how often they are halved, by version
+MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
+MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
+MP3_SIDE = {1: 9, 2: 17, 4: 32}  # bytes of side information, by the granules that it describes
+MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
+MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
+MP3_OVERLAP = 2  # frames that sound on in a window behind them
+MP3_FULL_SCALE = -328.0  # dBFS; this and the next two measured
+MP3_GAIN, MP3_BITS = 1.505, 2.0  # dB of a step of the gain; dB by the square root of the number of bits
+
+
+class MP3Header(NamedTuple):
+    """What the first four bytes of a frame say; all 0 where they are no header."""
+
+    size: int = 0  # bytes of the frame
+    rate: int = 0  # Hz
+    samples: int = 0
+    side: int = 0  # where the side information begins
+    data: int = 0  # and the main data behind it
+    granules: int = 0  # that the side information describes, of all channels
+
+
+def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
+    """The header that stands at a place."""
+    first, second, third, fourth = data[at : at + 4].ljust(4, b"\0")
+    version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
+    if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
+        return MP3Header()
+    samples, kbits = (1152, MP3_KBITS) if version == 3 else (576, MP3_LOW_KBITS)
+    rate, side = MP3_RATES[place] >> MP3_HALVED[version], 4 if second & 1 else 6
+    granules = samples // 576 * (1 if fourth >= 0xC0 else 2)
+    size = samples * 125 * kbits[code - 1] // rate + (third >> 1 & 1)
+    return MP3Header(size, rate, samples, side, side + MP3_SIDE[granules], granules)
+
+
+def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
+    """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
+    for found in MP3_MARK.finditer(data):
+        at = found.start()
+        header = mp3_header(data, at)
+        if at + header.size + 3 > len(data):
+            return at, 0
+        if header.rate and header.rate == mp3_header(data, at + header.size).rate:
+            return at, header.rate
+    return len(data), 0
+
+
+def mp3_silence(like: bytes, begin: bytes, end: bytes) -> bytes:
+    """The smallest silent frame that has room for these bytes in its main data."""
+    for code in range(1, 15):
+        head = bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]])
+        header = mp3_header(head)
+        if (room := header.size - header.data - len(begin) - len(end)) >= 0:
+            break
+    return head + bytes(header.data - 4) + begin + bytes(room) + end
+
+
+class MP3(Parser):
+    """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
+
+    name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
+    lead, mark = 1.0, MP3_MARK  # seconds of frames in which borrowed bytes may lie
+    rate, count = 0, 0  # Hz; frames since the last tag, of which the first may be an Info frame
+
+    def step(self) -> Steps:
+        yield from self.need(10)
+        header, offset = mp3_header(self.buffer), self.offset
+        if self.rate and header.rate == self.rate:
+            frame = yield from self.take(header.size)
+            if self.count or not re.search(b"Xing|Info|VBRI", frame[:44]):
+                seconds = header.samples / header.rate
+                self.found.append(Frame(offset, header.size, seconds, self._level(frame, header)))
+            self.count += 1
+        elif self.buffer.startswith(b"ID3"):
+            tag = yield from self.take(10)
+            yield from self.skip(tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
+            self.count = 0
+        elif self.buffer.startswith(b"TAG"):
+            yield from self.skip(128)
+        else:
+            raise Damage("no frame of MP3")
+
+    def place(self) -> int | None:
+        return super().place() if self.count > 1 else None  # the second frame confirms the first
+
+    def sync(self, mark: re.Pattern[bytes]) -> bool:
+        """Drop what comes before the next frame that another one confirms."""
+        at, rate = mp3_search(self.buffer)
+        self.drop(at)
+        if rate and self.rate not in (0, rate):
+            raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
+        self.rate = self.rate or rate
+        return rate > 0
+
+    def _level(self, frame: bytes, header: MP3Header) -> float:
+        """The loudness of the loudest granule, about dBFS."""
+        bits, level = int.from_bytes(frame[header.side : header.data], "big"), SILENT_DB
+        width = 59 if header.samples == 1152 else 63  # bits of a granule
+        for shift in range(width - 29, width * header.granules, width):
+            used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
+            if used:
+                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
+        return min(level, LOUDEST_DB)
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """An MP3 file. Of the lead it holds the last frames and what they borrow, which are not heard."""
+        start = max(0, lead - MP3_OVERLAP)
+        first, header = frames[start], mp3_header(frames[start])
+        data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
+        borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
+        count = (len(frames) - start + 1).to_bytes(4, "big")
+        delay = (header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY).to_bytes(3, "big")
+        info = mp3_silence(first, b"Info\0\0\0\1" + count + b"LAME3.100" + bytes(12) + delay, b"")
+        filled = mp3_silence(first, b"", data[max(0, len(data) - borrowed) :])
+        return b"".join([info, filled, *frames[start:]])
+
+
+# ---- MP4 in fragments: ISO 14496-12 ----
+#
+# Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
+# the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
+# them is found by its kind: no number that stands there is as large as four letters.
+
+LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
+MP4_CLOCK, MP4_USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
+
+
+def mp4_integer(data: bytes, at: int, size: int = 4) -> int:
+    """The number at a place; 0 where there is none."""
+    return int.from_bytes(data[at : at + size], "big")
+
+
+class FragmentedMP4(Parser):
+    """Fragments of one track. A recording that follows in the stream must tell the same clock."""
+
+    name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
+    head = b""  # ftyp and moov
+    clock = usual = 0  # ticks per second; ticks of a sample where its fragment does not say
+
+    def step(self) -> Steps:
+        """Read one box; a moof with all that follows up to its mdat."""
+        begin, seconds, kind = -1, 0.0, b""
+        while not kind or (begin >= 0 and kind != b"mdat"):
+            offset = self.offset
+            size, kind = struct.unpack(">I4s", (yield from self.take(8)))
+            if size == 1:
+                size = mp4_integer((yield from self.take(8)), 0, 8) - 8
+            if size < 8 or not kind.isalnum():
+                raise Damage("no box of MP4")
+            if kind in (b"ftyp", b"moov"):
+                content = yield from self.take(size - 8)
+                self._describe(struct.pack(">I4s", size, kind) + content)
+            elif kind == b"moof":
+                begin, seconds = offset, self._duration((yield from self.take(size - 8)))
             else:
-                self._flying[session] -= 1
-                self._flying += Counter()  # forget sessions without any
-            self._grant()
+                yield from self.skip(size - 8)
+        if begin >= 0:
+            self.found.append(Frame(begin, self.offset - begin, seconds))
 
-    async def _granted(self, slot: asyncio.Future[None], until: float) -> None:
-        while not slot.done():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(min(until, self._clock() + self._settings.deadline_seconds)):
-                    await asyncio.shield(slot)
-            if not slot.done() and (self._clock() >= until or self.failing()):
-                raise EndpointError("the endpoint does not answer")
+    def _describe(self, box: bytes) -> None:
+        clocks = [mp4_integer(clock, 0) for clock in re.findall(MP4_CLOCK, box)]
+        if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
+            raise FormatError(f"Byte {self._element}: a second track, or another clock. {CONVERT}")
+        if not self.clock:
+            self.head, self.clock = self.head + box, sum(clocks)
+            self.usual = sum(mp4_integer(ticks, 0) for ticks in re.findall(MP4_USUAL, box))
 
-    def _grant(self) -> None:
-        """Give free slots to those that wait, or come back when that may be."""
-        if self._timer:
-            self._timer.cancel()
-        while self._waiting and (delay := self._delay()) <= 0:
-            entry = min(self._waiting, key=lambda entry: (self._flying[entry[1]], entry[0]))
-            self._waiting.remove(entry)
-            self._flying[entry[1]] += 1
-            self._sent.append(self._clock())
-            self._next = max(self._next, self._clock()) + self._distance
-            entry[2].set_result(None)
-        if self._waiting and delay < math.inf:
-            self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
+    def _duration(self, moof: bytes) -> float:
+        """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
+        tfhd = moof.partition(b"tfhd")[2]
+        flags, usual, ticks = mp4_integer(tfhd, 1, 3), self.usual, 0
+        if flags & 1:
+            raise FormatError(f"Byte {self._element}: fragments at absolute offsets cannot be cut. {CONVERT}")
+        if flags & 8:
+            usual = mp4_integer(tfhd, 8 + 2 * (flags & 2))
+        for trun in moof.split(b"trun")[1:]:
+            flags, count = mp4_integer(trun, 1, 3), mp4_integer(trun, 4)
+            if flags & 0x100:
+                first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
+                each = sorted(mp4_integer(trun, at) for at in range(first, len(trun), stride)[:count])
+                usual = each[len(each) // 2] if each else 0
+            ticks += count * usual
+        if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
+            raise Damage("a fragment of absurd duration")
+        return ticks / self.clock
 
-    def _delay(self) -> float:
-        """Seconds until another request may go out; infinite while that depends on those in flight."""
-        while self._sent and self._sent[0] < self._clock() - MINUTE:
-            self._sent.popleft()
-        slots = 1 if self.failing() else self._settings.concurrency
-        return self._next - self._clock() if self._flying.total() < slots else math.inf
-
-
-def _backoff(attempt: int) -> float:
-    return min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Spool: the truth about every session, in two files.
-#
-# `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it. What is not
-# in them has not happened: bytes are acknowledged and text is sent after they are written. Windows are read
-# back from the audio, so a session needs little memory however long it is; a restart goes on from the two;
-# the archive is made from them. There is no fsync: the files outlive the process, whatever ends it, but not a
-# power cut.
-#
-# A lock (flock) on the audio says which process works on the session. The kernel drops it when the process
-# dies.
-# ------------------------------------------------------------------------------------------------------------
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """The fragments behind ftyp and moov, their times counted from the first one's."""
+        first, file = -1, [self.head]
+        for frame in frames[lead:]:
+            time = frame.find(b"tfdt") + 8
+            size = 8 if frame[time - 4 : time - 3] == b"\1" else 4
+            if time >= 8:
+                first = mp4_integer(frame, time, size) if first < 0 else first
+                since = max(0, mp4_integer(frame, time, size) - first)
+                frame = frame[:time] + since.to_bytes(size, "big") + frame[time + size :]
+            file.append(frame)
+        return b"".join(file)
 
 
-class SpoolError(Exception):
-    """The spool cannot be written, or has no such session; the message says which."""
+# ---- Held: what cannot be cut is posted whole at the end ----
+
+HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
+HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
+# How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
+HELD_FACTS = rb"(?s)^fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
-class Locked(SpoolError):
-    """Another process works on the session."""
+class Held(Parser):
+    """A stream that is one frame at its end, if it has no more than `limit` bytes by then."""
+
+    clock = ticks = 0  # ticks per second, and of the whole stream
+
+    def __init__(self, name: str, limit: int) -> None:
+        super().__init__()
+        self.name, self.limit = name, limit
+        self.extension, self.media_type = self.archive = name, HELD[name]
+
+    def step(self) -> Steps:
+        for flac, mvhd, duration, vorbis, granule in re.findall(HELD_FACTS, self.buffer):
+            facts = int.from_bytes(flac, "big")  # rate (20 bits), channels, depth, samples (36 bits)
+            self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
+            ticks = facts & (1 << 36) - 1 or int.from_bytes(duration or granule[::-1], "big")
+            self.ticks = ticks or self.ticks
+        self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
+        if self.offset + len(self.buffer) > self.limit:
+            raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
+        yield
+
+    def end(self) -> list[Frame]:
+        size = self.offset + len(self.buffer)
+        guess, claim = size * 8 / HELD_BITRATE, self.ticks / self.clock if self.clock else 0.0
+        seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
+        return [Frame(0, size, seconds)] if size and not self.error else []
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        return b"".join(frames)
 
 
-class Recording:
-    """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
+# ---- Which format a stream has ----
 
-    def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
-        self.session = session
-        self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
-        self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
-                raise FileNotFoundError(session)
-        except OSError:
-            os.close(self._file)
-            raise
-        self.size = os.fstat(self._file).st_size  # bytes received
-
-    def append(self, audio: bytes) -> None:
-        """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
-        while audio:
-            try:
-                written = os.write(self._file, audio)
-            except OSError as error:
-                raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
-            self.size += written
-            audio = audio[written:]
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the audio."""
-        return os.pread(self._file, size, offset)
-
-    def note(self, **event: Any) -> None:
-        """Append an event to the journal. Raises SpoolError."""
-        line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
-        try:
-            journal = os.open(self._journal, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                size = os.fstat(journal).st_size
-                if size and os.pread(journal, 1, size - 1) != b"\n":
-                    line = b"\n" + line  # a power cut tore the last one
-                if os.write(journal, line) < len(line):
-                    os.ftruncate(journal, size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(journal)
-        except OSError as error:
-            raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The journal from its beginning. A line that is cut short has not happened."""
-        with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
-            for line in journal:
-                with contextlib.suppress(ValueError):
-                    if isinstance(event := json.loads(line), dict):
-                        yield event
-
-    def touch(self) -> None:
-        """Let the grace time begin now."""
-        os.utime(self._file)
-
-    def release(self) -> None:
-        """Give up the lock."""
-        self.touch()
-        os.close(self._file)
-
-    def remove(self) -> None:
-        """Delete the files; the audio last, for it is what makes a session exist."""
-        self._journal.unlink(missing_ok=True)
-        self._audio.unlink(missing_ok=True)
+ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
+LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
+MP3_JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stream
 
 
-class Spool:
-    """The directory of the sessions' files, which only their owner can read."""
+def recognise(head: bytes, limit: int) -> Format | None:
+    """The format of a stream that begins with `head`, yet to be fed; None while more of it is needed to tell.
 
-    def __init__(self, settings: Settings) -> None:
-        self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
-        self._started = time.time()
-        self.full = False  # as of the last sweep
-        try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            attempt = self._directory / secrets.token_hex(8)
-            attempt.touch()
-            attempt.unlink()
-        except OSError as error:
-            raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
-
-    def create(self) -> Recording:
-        """A new session. Raises SpoolError."""
-        try:
-            return Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
-        except OSError as error:
-            raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
-
-    def open(self, session: str) -> Recording:
-        """A session that is there. Raises SpoolError, or Locked if it is another process's."""
-        try:
-            return Recording(self._directory, session)
-        except BlockingIOError:
-            raise Locked("the session is still busy on the server: try again in a second") from None
-        except OSError as error:
-            raise SpoolError("no such session: it is over, or was never there") from error
-
-    def sweep(self, grace: float) -> list[str]:
-        """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
-        touched: dict[str, float] = {}
-        total = 0
-        for path in self._directory.glob("*.*"):
-            with contextlib.suppress(FileNotFoundError):  # another process finished it
-                stat = path.stat()
-                total += stat.st_size
-                touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
-        self.full = total >= self._limit
-        late = time.time() - grace
-        return [name for name, when in touched.items() if when <= late and SESSION_ID.fullmatch(name)]
+    What cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
+    """
+    if head[:4] in (b"RIFF", b"RF64"):
+        if head[8:12] == b"WAVE":
+            return Wav()
+    elif head.startswith(b"fLaC"):
+        return Held("flac", limit)
+    elif head.startswith(b"OggS"):
+        if len(head) >= 36:
+            return OggOpus() if head[28:36] == b"OpusHead" else Held("ogg", limit)
+    elif head.startswith(WEBM_EBML):
+        if codec := re.search(rb"A_[A-Z]+[^A-Z]", head):
+            return WebM() if codec[0].startswith(b"A_OPUS") else Held("webm", limit)
+    elif head[4:8] == b"ftyp":
+        if (found := re.search(b"mvex|mdat", head)) or len(head) >= LARGEST_HEAD:
+            return FragmentedMP4() if found and found[0] == b"mvex" else Held("mp4", limit)
+    elif head.startswith(b"ID3") or mp3_search(head[:MP3_JUNK])[1]:
+        return MP3()
+    elif len(head) >= MP3_JUNK:
+        raise FormatError(f"The first bytes are of no format that is known here. {ACCEPTED}. {CONVERT}")
+    if len(head) >= LARGEST_HEAD:
+        raise FormatError(f"The first {LARGEST_HEAD} bytes do not tell of any sound. {ACCEPTED}. {CONVERT}")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2196,10 +3375,8 @@ class Archive:
 
     async def store(self, upload: Upload) -> None:
         """Upload an object. Raises ArchiveError."""
-        target, size = (
-            {"Bucket": self._bucket, "Key": self._prefix + upload.key},
-            upload.size + len(upload.header),
-        )
+        target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
+        size = upload.size + len(upload.header)
         try:
             async with self._uploads:
                 if size > PART_BYTES:
@@ -2240,941 +3417,71 @@ class Archive:
             raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Session: one transcription, from the first byte to the object in S3.
-#
-# One loop owns all that a session is. It takes in what the reader left in the inbox, writes it to the spool,
-# cuts it into windows, starts requests for them, and makes the answers final in order. Requests are tasks
-# that leave their outcome in a flight and wake the loop; nothing else waits for the endpoint.
-#
-# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
-# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
-# are one case.
-# ------------------------------------------------------------------------------------------------------------
-
-TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two looks into the inbox: each costs a write
-INBOX_BYTES, INBOX_LIMIT = 1 << 16, 1 << 20  # that are taken in at once; that stop the reader
-RESTORE_BYTES = 1 << 20  # of a spooled stream between two turns of the event loop
-IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
-IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
-LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
-FLIGHTS = 4  # requests of one session at once
-MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
-ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
-FORM_BYTES = 1 << 13  # of a request beside the file
-SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
-INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between interims
-INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # the longer the window, in seconds, the rarer: each posts all of it
-INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
-FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
-SEND_SECONDS = 20.0  # for a client to take a message
-STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
-CLOSE_DONE, CLOSE_FORMAT, CLOSE_TAKEN, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # RFC 6455
-
-Message = dict[str, Any]
+SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
+_sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it
 
 
-class Client:
-    """One connection: an ordered queue of messages with one writer. An interim is behind all others."""
+class Sphinx:
+    """PocketSphinx with the small English model of its wheel. It takes PCM and keeps a core busy."""
 
-    def __init__(self, connection: ServerConnection) -> None:
-        self.done = asyncio.Event()  # nothing more will be sent
-        self._connection, self._wake = connection, asyncio.Event()
-        self._messages: deque[Message] = deque()
-        self._interim: Message | None = None
-        self._close: tuple[int, str] | None = None
+    def __init__(self) -> None:
+        if importlib.util.find_spec("pocketsphinx") is None:
+            raise ValueRefused("--offline needs PocketSphinx: pip install pocketsphinx")
+        context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
+        self._pool = ProcessPoolExecutor(1, context, _sphinx_start)
 
-    @property
-    def told(self) -> bool:
-        """Whether the client has all that was sent before `close`: it answered the close."""
-        return self._close is not None and self._connection.close_code == self._close[0]
+    async def close(self) -> None:
+        """End the worker."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def send(self, message: Message) -> None:
-        """Queue a message. It takes the place of an interim that is not yet sent."""
-        self._messages.append(message)
-        self.show(None)
-
-    def show(self, interim: Message | None) -> None:
-        """Send an interim, unless something newer comes first."""
-        self._interim = interim
-        self._wake.set()
-
-    def close(self, code: int, reason: str = "") -> None:
-        """Close the connection behind all messages."""
-        self._close = self._close or (code, reason)
-        self._wake.set()
-
-    async def write(self) -> None:
-        """Send what is queued, until the connection is closed."""
+    async def ask(self, post: Post) -> dict[str, Any]:
+        """What PocketSphinx hears, in the shape of verbose_json. Raises EndpointError."""
+        if post.file[2] != Pcm.media_type:
+            raise EndpointError("--offline takes PCM and WAV only", again=False)
         try:
-            while self._close is None or self._messages:
-                await self._wake.wait()
-                self._wake.clear()
-                while message := self._messages.popleft() if self._messages else self._interim:
-                    if message is self._interim:
-                        self._interim = None
-                    async with asyncio.timeout(SEND_SECONDS):
-                        await self._connection.send(json.dumps(message, ensure_ascii=False))
-            await self._connection.close(*self._close)
-        except TimeoutError:
-            log.warning("a client does not read and is cut off; it can resume")
-            self._connection.transport.abort()
-        except ConnectionClosed:
-            pass  # what it has not read is in the journal
-        finally:
-            self.done.set()
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """A window on its way to text, and what became of it."""
-
-    window: Window
-    outcome: Hypothesis | EndpointError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What the sessions of a process share."""
-
-    settings: Settings
-    desk: Desk
-    spool: Spool
-    archive: Archive | None
-
-
-class Session:
-    """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
-
-    def __init__(self, services: Services, recording: Recording, options: Options, opened: str) -> None:
-        self.id, self.recording, self.options = recording.session, recording, options
-        self.client: Client | None = None
-        self.sequence = 0  # of the last transcription
-        self.over = False  # no more audio will come
-        self.told = asyncio.Event()  # all was said to the client; only the archive may be missing
-        self._services, self._desk, self._opened = services, services.desk, opened
-        self._clock = asyncio.get_running_loop().time
-        most = services.settings.upload_bytes - FORM_BYTES
-        self._stream = Stream(options.format, options.rate, options.channels, most)
-        self._segmenter, self._transcript, self._usage = Segmenter(), Transcript(), Usage()
-        self._inbox: deque[bytes | str] = deque()
-        self._inbox_bytes, self._deaf = 0, False  # deaf: nothing takes in what comes
-        self._wake, self._taken = asyncio.Event(), asyncio.Event()
-        self._waiting: deque[Window] = deque()  # for a request
-        self._seeking = 0  # requests that wait for a slot and have no window yet
-        self._flights: deque[Flight] = deque()  # in the order of the audio
-        self._probe: Flight | None = None  # the last interim request of the open window
-        self._shown: Flight | None = None  # the last one whose text was shown
-        self._probing = self._degraded = False
-        self._asked = 0.0  # the end of the last probe, seconds of audio
-        self._gaps: list[Window] = []
-        self._complete: Message | None = None
-        self._stored = services.archive is None
-        self._abandoned = False  # nobody will come back
-        self._reason, self._close_code = "", CLOSE_DONE
-        self._fed = self._left = self._clock()  # when audio last came, when the client went
-        self._acked = (0.0, 0)  # seconds of audio and bytes at the last `received`
-        self._tasks: asyncio.TaskGroup
-
-    @classmethod
-    def begin(cls, services: Services, options: Options) -> Session:
-        """A new session. Raises SpoolError."""
-        options = dataclasses.replace(options, token="")  # it is nobody's business
-        recording, opened = services.spool.create(), datetime.now(UTC).isoformat(timespec="seconds")
-        try:
-            recording.note(event="open", opened=opened, options=dataclasses.asdict(options))
-        except SpoolError:
-            recording.remove()
-            recording.release()
-            raise
-        return cls(services, recording, options, opened)
-
-    @classmethod
-    async def restore(cls, services: Services, recording: Recording) -> Session:
-        """The session that the files hold. Raises SpoolError if they hold none, and lets go of them."""
-        try:
-            events = recording.events()
-            opened = next(events, {})
-            if not opened and not recording.size:
-                recording.remove()  # begun, and nothing more
-            session = cls(services, recording, Options(**opened["options"]), opened["opened"])
-            for event in events:
-                session._recall(event)
-            await session._hear_again()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            recording.release()
-            raise SpoolError(f"the journal of {recording.session} cannot be read: {error!r}") from error
-        except BaseException:
-            recording.release()
-            raise
-        return session
-
-    def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
-        """Give the session to a client that has seen the transcriptions up to `after`."""
-        if self.client:
-            self._error("taken_over", "Another connection took this session over.", fatal=True)
-            self.client.close(CLOSE_TAKEN, "taken over")
-        self._take_in()
-        self.client = client
-        self._status(status, message, session=self.id, received=self.recording.size)
-        sequence = 0
-        for event in self.recording.events():
-            past = event.get("message", {})
-            sequence = past.get("sequence", sequence)
-            if past and (sequence > after or (sequence == after and past["type"] == "error")):
-                client.send(past)
-        if self._complete:
-            self._announce()
-
-    def detach(self, client: Client) -> None:
-        """The client's connection is closed."""
-        if self.client is client:
-            self.client, self._left = None, self._clock()
-
-    async def put(self, client: Client, message: bytes | str) -> None:
-        """Take a message of the client; wait while the session is behind with its writing."""
-        if self.client is not client or self._deaf:
-            return
-        self._inbox.append(message)
-        self._inbox_bytes += len(message)
-        if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
-            self._wake.set()
-        if self._inbox_bytes >= INBOX_LIMIT:
-            self._taken.clear()
-            await self._taken.wait()
-
-    def abandon(self) -> None:
-        """Nobody came back: as if END had come."""
-        self._abandoned = True
-        self._end("abandoned")
-
-    def drain(self) -> None:
-        """Send the client to the next process, unless it only waits for the end."""
-        with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
-            self._take_in()
-        if self.client and not self.over:
-            self._status("draining", "The server restarts: reconnect.", received=self.recording.size)
-            self.client.close(CLOSE_RESTART, "service restart")
-
-    def fail(self, message: str) -> None:
-        """Tell the client that the session cannot go on."""
-        self._error("failed", message, fatal=True)
-        if self.client:
-            self.client.close(CLOSE_FAILED, "failed")
-
-    async def run(self) -> None:
-        """Work until the session is stored, or at rest. Raises SpoolError."""
-        try:
-            async with asyncio.TaskGroup() as self._tasks:
-                while not self._at_rest():
-                    await self._woken()
-                    self._take_in()
-                    self._end_utterance()
-                    self._show_probe()
-                    self._settle()
-                    self._launch()
-                    self._launch_probe()
-                    self._acknowledge()
-        finally:
-            self._deaf = True
-            self._taken.set()
-        if self.over:
-            await self._finish()
-
-    def _at_rest(self) -> bool:
-        if self._inbox or self._waiting or self._seeking or self._flights or self._probing:
-            return False
-        return self.over or (self.client is None and self._clock() - self._left > LINGER_SECONDS)
-
-    async def _woken(self) -> None:
-        tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
-        timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
-        await self._wake.wait()
-        self._wake.clear()
-        timer.cancel()
-
-    # -- audio to windows
-
-    def _take_in(self) -> None:
-        audio: list[bytes] = []
-        for message in self._inbox:
-            if isinstance(message, bytes):
-                audio.append(message)
-                continue
-            self._receive(b"".join(audio))
-            audio.clear()
-            self._obey(message)
-        self._inbox.clear()
-        self._receive(b"".join(audio))
-        self._inbox_bytes = 0
-        self._taken.set()
-
-    def _obey(self, command: str) -> None:
-        if command == "END":
-            self._end("END")
-        elif command == "FLUSH":
-            self._queue(self._segmenter.flush())
-        else:
-            self._error("unknown_message", f"{command[:40]!r} is no command: send audio, FLUSH or END.")
-
-    def _receive(self, audio: bytes) -> None:
-        if audio and self.over:
-            self._error("after_end", "The session is over: this audio is not transcribed.")
-        elif audio:
-            self._fed = self._clock()
-            self.recording.append(audio)
-            self._hear(self._stream.feed(audio))
-
-    def _hear(self, frames: Sequence[Frame]) -> None:
-        stream = self._stream.format
-        self._segmenter.limit = self._within(LIMIT_SECONDS)
-        self._queue(self._segmenter.feed(frames))
-        for warning in stream.warnings:
-            self._error("skipped", warning)
-        stream.warnings.clear()
-        if stream.error and self._close_code != CLOSE_FORMAT:
-            self._close_code = CLOSE_FORMAT
-            self._error("format", str(stream.error), fatal=True)
-            self._end("format")
-
-    def _end(self, reason: str) -> None:
-        if not self.over:
-            self.over, self._reason = True, reason
-            self.recording.note(event="end", reason=reason)
-            self._flush()
-
-    def _flush(self) -> None:
-        self._hear(self._stream.end())
-        self._queue(self._segmenter.flush())
-
-    def _end_utterance(self) -> None:
-        """A client that stops sending still gets its final. One that is gone may come back in mid-word."""
-        idle = self._clock() - self._fed
-        paused = idle >= IDLE_QUIET_SECONDS and self._segmenter.quiet >= IDLE_QUIET
-        if paused or (idle >= IDLE_SECONDS and self.client):
-            self._queue(self._segmenter.flush())
-
-    def _acknowledge(self) -> None:
-        now, size = self._segmenter.now, self.recording.size
-        if self.options.acks and (now - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES):
-            self._acked = (now, size)
-            self._status("received", "Safe on the server.", received=size)
-
-    # -- windows to final text
-
-    def _queue(self, windows: Sequence[Window]) -> None:
-        """Line up windows for requests. A probe that has heard all speech of a window is its request."""
-        for window in windows:
-            probe, self._probe = self._probe, None
-            idle = not self._flights and not self._waiting
-            failed = probe is None or isinstance(probe.outcome, EndpointError)
-            if probe and idle and not failed and probe.window.last == window.last:
-                probe.window = window.since(probe.window.start)
-                self._flights.append(probe)
-            else:
-                self._waiting.append(window)
-
-    def _launch(self) -> None:
-        flying = sum(flight.outcome is None for flight in self._flights)
-        while self._seeking < min(len(self._waiting), FLIGHTS - flying) and not self._blocked():
-            self._seeking += 1
-            self._tasks.create_task(self._fly(None))
-
-    def _blocked(self) -> bool:
-        """Whether the next window waits for a word that one in flight may leave to it."""
-        return any(not flight.window.clean for flight in self._flights)
-
-    def _board(self) -> Flight | None:
-        """A flight for the first window that waits, and those behind it that fit into the same request."""
-        if not self._waiting or self._blocked():
-            return None
-        window = self._waiting.popleft()
-        while self._waiting and self._waiting[0].end - window.start <= self._within(MERGE_SECONDS):
-            if self._waiting[0].start - window.end > MERGE_GAP_SECONDS:
-                break
-            window = window.joined(self._waiting.popleft())
-        flight = Flight(window if self._flights else self._from_context(window))
-        self._flights.append(flight)
-        return flight
-
-    def _within(self, seconds: float) -> float:
-        """So many seconds, or those that fit into a request: PCM is posted as 16 bits, whatever its rate."""
-        stream = self._stream.format
-        if not isinstance(stream, Pcm):
-            return seconds
-        fitting = (self._services.settings.upload_bytes - FORM_BYTES) / (2 * stream.rate * stream.channels)
-        return min(seconds, fitting - LOOKBACK_SECONDS)
-
-    def _from_context(self, window: Window) -> Window:
-        """Begin behind what is final, or before it to hear words to align by."""
-        resume = max(self._transcript.resume, window.start - LOOKBACK_SECONDS)
-        wanted = resume < self._transcript.heard or resume > window.start
-        return window.since(resume) if wanted else window
-
-    async def _fly(self, flight: Flight | None) -> None:
-        """Bring a window to text: the flight's or, once there is a slot, the first that waits."""
-        seeking, post = flight is None, None
-
-        def prepare() -> Post | None:
-            nonlocal flight, seeking, post
-            flight = flight or self._board()
-            self._seeking, seeking = self._seeking - seeking, False
-            post = self._post(flight.window) if flight else None
-            return post
-
-        try:
-            answer = await self._desk.final(self._usage, prepare)
-            if flight and post and answer:
-                hypothesis = read_answer(answer, flight.window)
-                if echoes(hypothesis, post.prompt):
-                    plain = dataclasses.replace(post, prompt="")
-                    answer = await self._desk.final(self._usage, lambda: plain)
-                    hypothesis = read_answer(answer or {}, flight.window)
-                flight.outcome = hypothesis
-        except EndpointError as error:
-            flight = flight or self._board()
-            if flight:
-                flight.outcome = error
-        finally:
-            self._seeking -= seeking
-            self._wake.set()
-
-    def _post(self, window: Window) -> Post:
-        """A window's frames, read back from the spool and wrapped as a file."""
-        stream, options = self._stream.format, self.options
-        frames = window.frames.between(window.start - stream.lead, window.end)
-        begin = frames.offsets[0]
-        audio = self.recording.read(begin, frames.offsets[-1] + frames.sizes[-1] - begin)
-        places = zip(frames.offsets, frames.sizes, strict=True)
-        pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-        content = stream.file(pieces, frames.index(window.start))
-        seconds = max(MIN_POST_SECONDS, window.end - window.start)
-        file = (f"audio.{stream.extension}", content, stream.media_type)
-        return Post(file, seconds, options, self._prompt(window))
-
-    def _prompt(self, window: Window) -> str:
-        """The client's prompt, and the end of the final text before the window."""
-        room = PROMPT_CHARACTERS - len(self.options.prompt) - 1
-        carried = self._transcript.prompt(window.start)[-room:] if room > 0 else ""
-        return f"{self.options.prompt} {carried}".strip()
-
-    def _settle(self) -> None:
-        """Make the text of windows final, in order."""
-        while self._flights and self._flights[0].outcome:
-            flight = self._flights.popleft()
-            if isinstance(flight.outcome, Hypothesis):
-                self._emit(self._transcript.settle(flight.outcome, self._affordable(flight.window)))
-            else:
-                self._leave_gap(flight.window, flight.outcome)
-
-    def _affordable(self, window: Window) -> Window:
-        """Finals alone post no second twice that silence has not saved; else an unclean end has to do."""
-        saved = window.end - self._usage.posted
-        again = self.options.interim or saved > LOOKBACK_SECONDS
-        return window if again else dataclasses.replace(window, clean=True)
-
-    def _emit(self, segment: Segment | None, **late: bool) -> None:
-        """Journal final text and send it."""
-        if segment is None:
-            return
-        self.sequence += 1
-        message: Message = {
-            "type": "transcription",
-            "sequence": self.sequence,
-            "text": spelled(segment.words),
-        }
-        message |= {**_span(segment), "received": self.recording.size, **late}
-        if self.options.words and segment.timed:
-            message["words"] = [{"word": word.text.strip(), **_span(word)} for word in segment.words]
-        self._note("transcription", message, words=[] if late or not segment.timed else segment.words)
-
-    def _note(self, event: str, message: Message, **more: Any) -> None:
-        """Journal what happened, with the state to go on from; then tell the client."""
-        transcript, usage = self._transcript, dataclasses.astuple(self._usage)
-        state = {"heard": transcript.heard, "resume": transcript.resume, "usage": usage}
-        self.recording.note(event=event, message=message, **state, **more)
-        if self.client and message:
-            self.client.send(message)
-
-    def _leave_gap(self, window: Window, error: EndpointError | None) -> None:
-        gap = window.since(max(window.start, self._transcript.heard))
-        self._transcript.settle(Hypothesis([], timed=False), gap)
-        self._gaps.append(gap)
-        log.warning("session %s: no text for %.1f to %.1f s: %s", self.id, gap.start, gap.end, error)
-        text = f"No text for this part yet: {error}. It is tried again before `complete`."
-        message = {"type": "error", "code": "gap", "message": text, **_span(gap), "fatal": False}
-        self._note("gap", message, lost=(gap.start, gap.end))
-
-    # -- interim text
-
-    def _launch_probe(self) -> None:
-        """Ask for interim text when there is enough new audio, or a pause that may end the window."""
-        segmenter = self._segmenter
-        if not self.options.interim or not segmenter.open or self._asked >= segmenter.last or self.over:
-            return
-        length = segmenter.now - max(segmenter.start, self._transcript.resume)
-        fresh = segmenter.now - max(self._asked, segmenter.first)
-        if fresh < self._interim_seconds(length) and segmenter.quiet < SPECULATE_SECONDS:
-            return
-        busy = self._probing or self._flights or self._waiting
-        if busy or not self._desk.spare() or self._spent() >= SHORT_SHARE:
-            if (fresh >= INTERIM_MOST or self._desk.failing()) and not self._degraded:
-                self._degraded = True
-                self._status("degraded", "Interim text pauses: the endpoint or the budget is short.")
-            return
-        window = self._from_context(segmenter.peek())
-        length = window.end - window.start
-        final = min(length, FINAL_SECONDS) if self._transcript.timed else length  # is still to be posted
-        affordable = self._usage.posted + length + final <= INTERIM_BILL * segmenter.now
-        if affordable and window.speech >= MIN_SPEECH_SECONDS:
-            self._asked, self._degraded = segmenter.now, False
-            self._probe, self._probing = Flight(window), True
-            self._tasks.create_task(self._ask(self._probe))
-
-    def _interim_seconds(self, length: float) -> float:
-        """New audio, in seconds, that is worth a request in an open window of a length."""
-        pressure = 2.0 if self._spent() >= SCARCE_SHARE else 1.0 + self._desk.load()
-        seconds = self._services.settings.interim_seconds * (INTERIM_BASE + INTERIM_SLOPE * length)
-        return min(max(seconds * pressure, INTERIM_LEAST), INTERIM_MOST)
-
-    def _spent(self) -> float:
-        """The share of the nearest cap on billed seconds that is used up."""
-        cap = self._services.settings.session_billed_seconds
-        return max(self._desk.spent(), self._usage.billed / cap if cap else 0.0)
-
-    async def _ask(self, probe: Flight) -> None:
-        try:
-            answer = await self._desk.interim(self._usage, lambda: self._post(probe.window))
-            hypothesis = read_answer(answer, probe.window)
-            if echoes(hypothesis, self._prompt(probe.window)):
-                raise EndpointError("the endpoint repeats the prompt")
-            probe.outcome = hypothesis
-        except EndpointError as error:
-            if probe in self._flights:
-                self._tasks.create_task(self._fly(probe))
-            else:
-                probe.outcome = error
-        finally:
-            self._probing = False
-            self._wake.set()
-
-    def _show_probe(self) -> None:
-        """Make final what the probe agrees on with the one before, and show the rest."""
-        probe = self._probe
-        if probe is None or probe is self._shown or not isinstance(probe.outcome, Hypothesis):
-            return
-        self._shown = probe
-        segment, rest = self._transcript.agree(probe.outcome, probe.window)
-        self._emit(segment)
-        self._segmenter.advance(self._transcript.resume)
-        if self.client and rest:
-            start = max(rest[0].start, self._transcript.end)
-            self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
-
-    # -- the end
-
-    async def _finish(self) -> None:
-        """Fill the gaps, sum up, archive, and take leave."""
-        if self._complete is None:
-            await self._fill_gaps()
-            self._complete = self._summary()
-            self.recording.note(event="complete", summary=self._complete)
-            usage = json.dumps(self._complete["usage"])
-            log.info("session %s: over (%s), %s, %d gaps", self.id, self._reason, usage, len(self._gaps))
-        async with asyncio.TaskGroup() as group:
-            upload = group.create_task(self._store())
-            await asyncio.wait({upload}, timeout=self._services.settings.archive_seconds)
-            self._announce()
-            client = self.client
-            if client:
-                await client.done.wait()
-            self.told.set()
-        delay = STORE_LEAST
-        while not self._stored:
-            await asyncio.sleep(delay)
-            await self._store()
-            delay = min(2 * delay, STORE_MOST)
-        if self._abandoned or (client and client.told):
-            self.recording.remove()
-
-    async def _fill_gaps(self) -> None:
-        """Try the gaps again, now that nothing waits behind them."""
-        limit = asyncio.Semaphore(FLIGHTS)
-        async with asyncio.TaskGroup() as group:
-            for gap in list(self._gaps):
-                group.create_task(self._fill(gap, limit))
-
-    async def _fill(self, gap: Window, limit: asyncio.Semaphore) -> None:
-        try:
-            async with limit:
-                answer = await self._desk.final(self._usage, lambda: self._post(gap))
-        except EndpointError:
-            return
-        self._gaps.remove(gap)
-        gap = dataclasses.replace(gap, clean=True)
-        self._emit(Transcript(gap.start).settle(read_answer(answer or {}, gap), gap), late=True)
-        self._note("filled", {}, found=gap.start)
-
-    def _announce(self) -> None:
-        """Send `complete`, the last message, and close."""
-        if self.client is None or self._complete is None:
-            return
-        text = "Parts are missing: see gaps." if self._complete["gaps"] else "All is transcribed."
-        more: Message = {}
-        if archive := self._services.archive:
-            places = {name: archive.address(key) for name, key in self._keys().items()}
-            more["archive"] = {**places, "stored": self._stored}
-        self._status("complete", text, **self._complete, **more)
-        self.client.close(self._close_code)
-
-    def _segments(self) -> list[Message]:
-        """The transcriptions in the order of the audio, from the journal."""
-        past = [event.get("message", {}) for event in self.recording.events()]
-        segments = [message for message in past if message.get("type") == "transcription"]
-        return sorted(segments, key=lambda segment: float(segment["start"]))
-
-    def _summary(self) -> Message:
-        seconds, usage = self._segmenter.now, self._usage
-        return {
-            "full_transcription": " ".join(segment["text"] for segment in self._segments()),
-            "duration": round(seconds, 3),
-            "gaps": [_span(gap) for gap in self._gaps],
-            "usage": {
-                "audio_seconds": round(seconds, 3),
-                "posted_seconds": round(usage.posted, 3),
-                "billed_seconds": usage.billed,
-                "requests": usage.requests,
-                "factor": round(usage.posted / seconds, 3) if seconds else 0.0,
-            },
-        }
-
-    def _keys(self) -> dict[str, str]:
-        key = f"{self._opened[:10].replace('-', '/')}/{self.id}"
-        return {"audio": f"{key}.{self._stream.format.archive[0]}", "transcript": f"{key}.json"}
-
-    async def _store(self) -> None:
-        """Put the recording and the transcript into the bucket, or log why not."""
-        archive, recording, stream = self._services.archive, self.recording, self._stream.format
-        if self._stored or archive is None or not recording.size:
-            self._stored = True
-            return
-        keys, (header, begin, size) = self._keys(), stream.stored(recording.size)
-        about = {"session": self.id, "opened": self._opened, "options": dataclasses.asdict(self.options)}
-        result = {**about, **(self._complete or {}), "segments": self._segments()}
-        text = json.dumps(result, ensure_ascii=False).encode()
-        try:
-            await archive.store(Upload(keys["audio"], stream.archive[1], header, recording, begin, size))
-            await archive.store(Upload(keys["transcript"], "application/json", text, recording))
-        except ArchiveError as error:
-            log.warning("session %s: not stored yet, the spool keeps it: %s", self.id, error)
-            return
-        self._stored = True
-        recording.note(event="stored")
-
-    # -- a session from its files
-
-    def _recall(self, event: Mapping[str, Any]) -> None:
-        """Take up an event of the journal."""
-        kind, message = event.get("event"), event.get("message", {})
-        if "heard" in event:
-            self._transcript.heard, self._transcript.resume = event["heard"], event["resume"]
-            self._usage = Usage(*event["usage"])
-            self.sequence = message.get("sequence", self.sequence)
-        if kind == "transcription":
-            self._transcript.recall((Word(*word) for word in event["words"]), message["end"])
-        elif kind == "gap":
-            start, end = event["lost"]
-            self._gaps.append(Window(start, end, start, end, end - start, True, Frames()))
-        elif kind == "filled":
-            self._gaps = [gap for gap in self._gaps if gap.start != event["found"]]
-        elif kind == "end":
-            self.over, self._reason = True, event["reason"]
-        elif kind == "complete":
-            self._complete = event["summary"]
-        elif kind == "stored":
-            self._stored = True
-
-    async def _hear_again(self) -> None:
-        """Run the spooled audio through format and segmenter. What was not settled becomes windows."""
-        self._segmenter = Segmenter(self._transcript.heard)
-        for offset in range(0, self.recording.size, RESTORE_BYTES):
-            frames, now = self._stream.feed(self.recording.read(offset, RESTORE_BYTES)), self._segmenter.now
-            for frame in frames if self._gaps else ():
-                now += frame.seconds
-                for gap in self._gaps:
-                    if gap.start - LOOKBACK_SECONDS < now <= gap.end + 1e-6:
-                        gap.frames.append(frame, now)
-            self._hear(frames)
-            await asyncio.sleep(0)
-        if self.over:
-            self._flush()
-
-    # -- messages
-
-    def _status(self, status: str, message: str, **more: Any) -> None:
-        if self.client:
-            self.client.send({"type": "status", "status": status, "message": message, **more})
-
-    def _error(self, code: str, message: str, fatal: bool = False) -> None:
-        if self.client:
-            self.client.send({"type": "error", "code": code, "message": message, "fatal": fatal})
-
-
-def _span(timed: Word | Segment | Window) -> dict[str, float]:
-    return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Server: the handshake, the health pages, the sweep of the spool, and the way down.
-#
-# All refusals happen at the handshake, as plain HTTP. Behind it a connection is two tasks, one that reads
-# into its session and one that writes what the session queued. The session has a task of its own, which
-# outlives them.
-# ------------------------------------------------------------------------------------------------------------
-
-SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
-RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
-MAX_MESSAGE_BYTES = 1 << 20
-OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
-
-
-class Refusal(Exception):
-    """A handshake's answer that is no connection."""
-
-    def __init__(self, status: int, message: str, retry: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.retry = status, retry
-
-
-class Connection(ServerConnection):
-    """A connection with what its handshake has settled."""
-
-    options: Options
-    session: Session | None = None  # to resume
-
-
-class Server:
-    """All sessions of the process."""
-
-    def __init__(self, services: Services) -> None:
-        self._services, self._settings = services, services.settings
-        tokens = services.settings.scribe_tokens.split(",")
-        self._tokens = [token.strip().encode() for token in tokens if token.strip()]
-        self._note = " Offline recognition: English only, and rough." if services.settings.offline else ""
-        self._sessions: dict[str, Session] = {}
-        self._works: dict[str, asyncio.Task[None]] = {}
-        self._draining = False
-        self._tasks: asyncio.TaskGroup
-
-    async def serve(self, stop: asyncio.Event) -> None:
-        """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"create_connection": Connection, "process_request": self._check}
-        hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
-        hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
-        async with (
-            asyncio.TaskGroup() as self._tasks,
-            serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
-        ):
-            for socket in listener.sockets:
-                log.info("listening on %s port %d", *socket.getsockname()[:2])
-            sweep = self._tasks.create_task(self._sweep())
-            await stop.wait()
-            sweep.cancel()
-            await self._drain()
-
-    async def _drain(self) -> None:
-        """Send clients to the next process, finish what has ended, and leave the rest in the spool."""
-        self._draining = True
-        waits = []
-        for session in list(self._sessions.values()):
-            session.drain()
-            done = session.told if session.over else session.client and session.client.done
-            if done:
-                waits.append(self._tasks.create_task(done.wait()))
-        if waits:
-            log.info("draining %d sessions", len(waits))
-            await asyncio.wait(waits, timeout=self._settings.drain_seconds)
-        for task in (*waits, *self._works.values()):
-            task.cancel()
-
-    async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer a request that is no WebSocket's, or that is refused."""
-        path, _, query = request.path.partition("?")
-        try:
-            if path == "/healthz" or (path == "/readyz" and not self._draining):
-                raise Refusal(200, "ok")
-            if self._draining:
-                raise Refusal(503, "The server restarts.", RETRY_DRAINING)
-            if path != "/ws":
-                raise Refusal(404, "There are /ws, /healthz and /readyz.")
-            await self._admit(cast(Connection, connection), query, request.headers.get("Authorization", ""))
-        except Refusal as refusal:
-            response = connection.respond(refusal.status, f"{refusal}\n")
-            if refusal.retry:
-                response.headers["Retry-After"] = str(refusal.retry)
-            return response
-        return None
-
-    async def _admit(self, connection: Connection, query: str, authorization: str) -> None:
-        """Settle what the connection is for. Raises Refusal."""
-        scheme, _, bearer = authorization.partition(" ")
-        shown = [text for name, text in parse_qsl(query) if name == "token"]
-        shown += [bearer.strip()] if scheme.lower() == "bearer" else []
-        right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
-        if self._tokens and not any(right):
-            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
-        try:
-            connection.options = options = Options.parse(query)
-        except ValueRefused as error:
-            raise Refusal(400, str(error)) from None
-        if options.session:
-            connection.session = await self._find(options.session)
-            if options.after > connection.session.sequence:
-                raise Refusal(400, f"after: the last sequence number is {connection.session.sequence}")
-        elif sum(not session.over for session in self._sessions.values()) >= self._settings.max_sessions:
-            raise Refusal(503, "The server is full.", RETRY_FULL)
-        elif self._services.spool.full or self._services.desk.spent() >= 1:
-            raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
-
-    async def _find(self, name: str) -> Session:
-        """The session that a client comes back to, from here or from the spool. Raises Refusal."""
-        try:
-            if name not in self._sessions:
-                self._start(await Session.restore(self._services, self._services.spool.open(name)))
-        except Locked as error:
-            raise Refusal(503, str(error), RETRY_LOCKED) from None
-        except SpoolError as error:
-            raise Refusal(404, str(error)) from None
-        return self._sessions[name]
-
-    async def _handle(self, connection: ServerConnection) -> None:
-        client = Client(connection)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(client.write())
-            try:
-                session = self._attach(client, cast(Connection, connection))
-                async for message in connection:
-                    await session.put(client, message)
-            except SpoolError as error:
-                client.send({"type": "error", "code": "failed", "message": str(error), "fatal": True})
-                client.close(CLOSE_FAILED, "failed")
-                return
-            except ConnectionClosed:
-                pass
-            session.detach(client)
-            client.close(CLOSE_DONE)
-
-    def _attach(self, client: Client, connection: Connection) -> Session:
-        session = connection.session
-        if session:
-            resumed = "Resumed. Send audio from byte `received` on, then END."
-            try:
-                session.attach(client, "resumed", resumed + self._note, connection.options.after)
-            except SpoolError as error:
-                session.fail(str(error))
-                raise
-            return session
-        session = Session.begin(self._services, connection.options)
-        log.info("session %s: begun, %s", session.id, connection.options.format)
-        self._start(session)
-        session.attach(client, "ready", "Connected. Send audio, then END." + self._note)
-        return session
-
-    def _start(self, session: Session) -> None:
-        self._sessions[session.id] = session
-        self._works[session.id] = self._tasks.create_task(self._work(session))
-
-    async def _work(self, session: Session) -> None:
-        """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
-        try:
-            await session.run()
-        except* SpoolError as errors:
-            log.error("session %s: %s", session.id, errors.exceptions[0])
-            session.fail(f"{errors.exceptions[0]}. What was received before is safe.")
-        except* Exception:
-            log.exception("session %s failed", session.id)
-            session.fail("The session failed. What was received is safe: resume later.")
-        finally:
-            del self._sessions[session.id], self._works[session.id]
-            session.told.set()
-            session.recording.release()
-
-    async def _sweep(self) -> None:
-        """Finish the sessions that nobody came back to, whichever server began them."""
-        grace, unreadable = self._settings.grace_seconds, set[str]()
-        while True:
-            for session in self._sessions.values():
-                session.recording.touch()
-            for name in self._services.spool.sweep(grace):
-                if name in self._sessions or name in unreadable:
-                    continue
-                try:
-                    (await self._find(name)).abandon()
-                except Refusal as refusal:
-                    if not refusal.retry:  # else it is another server's
-                        log.error("session %s cannot be finished: %s", name, refusal)
-                        unreadable.add(name)
-                except SpoolError as error:
-                    log.error("session %s cannot be finished now: %s", name, error)
-            await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
-
-
-async def run(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second one stops at once. Raises ValueRefused, OSError."""
-    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
-
-    def signalled() -> None:
-        if stop.is_set() and task:
-            task.cancel()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
-    spool = Spool(settings)
-    engine = Sphinx() if settings.offline else Whisper(settings)
-    archive = Archive(settings) if settings.s3_bucket else None
-    try:
-        if archive:
-            await archive.open()
-        await Server(Services(settings, Desk(engine, settings), spool, archive)).serve(stop)
-    except asyncio.CancelledError:
-        log.warning("stopped at once; what is not finished is in the spool")
-    finally:
-        await engine.close()
-        if archive:
-            await archive.close()
-
-
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-
-
-def give_memory_back() -> None:
-    """Have glibc map large blocks: it would come to keep those of windows and uploads for reuse."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
-
-
-def main() -> int:
-    """The command: 0 after a clean stop, 1 if it cannot listen, 2 for settings that cannot be used."""
-    try:
-        settings = Settings.load(sys.argv[1:], os.environ)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
-        for library in ("httpx", "httpcore", "websockets", "botocore", "aiobotocore"):
-            logging.getLogger(library).setLevel(logging.WARNING)
-        if settings.offline:
-            log.warning("offline: PocketSphinx knows English only, and is rough")
-        if settings.host not in ("localhost", "127.0.0.1", "::1") and not settings.scribe_tokens:
-            log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
-        loop: Callable[[], asyncio.AbstractEventLoop] | None = None
-        if importlib.util.find_spec("uvloop"):
-            loop = importlib.import_module("uvloop").new_event_loop
-        give_memory_back()
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(run(settings))
-    except (ValueRefused, OSError) as error:
-        print(f"scribe: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueRefused) else 1
-    return 0
+            words = await asyncio.get_running_loop().run_in_executor(self._pool, _sphinx_hear, post.file[1])
+        except BrokenProcessPool:
+            raise EndpointError("the offline recogniser died: restart the server", again=False) from None
+        return {"text": " ".join(word["word"] for word in words), "words": words}
+
+
+def _sphinx_start() -> None:
+    """Load the model in the worker, which leaves Ctrl-C to the server and dies with it."""
+    global _sphinx
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_sphinx_end, daemon=True).start()
+    import pocketsphinx
+
+    _sphinx = pocketsphinx.Decoder(samprate=SPHINX_RATE, loglevel="FATAL")
+
+
+def _sphinx_end() -> None:
+    server = multiprocessing.parent_process()
+    if server:
+        server.join()
+        os._exit(0)
+
+
+def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
+    """The words of one of our WAVs."""
+    channels, rate = struct.unpack_from("<HI", wav, 22)
+    _sphinx.start_utt()
+    _sphinx.process_raw(_resampled(memoryview(wav)[44:].cast("h"), rate, channels), full_utt=True)
+    _sphinx.end_utt()
+    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
+    spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
+    return [
+        {"word": w, "start": start / SPHINX_FRAMES, "end": end / SPHINX_FRAMES} for w, start, end in spoken
+    ]
+
+
+def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
+    """PCM16 as 16 kHz mono, each sample the mean of those it stands for: rough, as all of --offline is."""
+    count = len(samples) // channels * SPHINX_RATE // rate
+    edges = [index * rate // SPHINX_RATE * channels for index in range(count + 1)]
+    sums = [0, *accumulate(samples)]
+    spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
+    return array("h", [(sums[end] - sums[begin]) // (end - begin) for begin, end in spans]).tobytes()
 
 
 if __name__ == "__main__":
