@@ -293,7 +293,6 @@ class Format:
         return b"", 0, size
 
     def drop(self, size: int) -> bytes:
-        """Take bytes out of the buffer."""
         data = bytes(self.buffer[:size])
         del self.buffer[:size]
         self.offset += len(data)
@@ -1133,6 +1132,7 @@ class Recording:
             os.close(self._file)
             raise
         self.size = os.fstat(self._file).st_size  # bytes received
+        self.end = self._journal.stat().st_size if self._journal.exists() else 0  # bytes of the journal
 
     def append(self, audio: bytes) -> None:
         """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
@@ -1161,7 +1161,8 @@ class Recording:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
-        return size + len(line)
+        self.end = size + len(line)
+        return self.end
 
     def events(self, place: int = 0) -> list[tuple[Message, int]]:
         """The next events behind a place in the journal, each with the place behind it; none at the end."""
@@ -1472,17 +1473,19 @@ class Client:
     async def _send_all(self) -> None:
         while self.notices:
             await self._send(self.notices.popleft())
-        while self._recording and (events := self._recording.events(self._place)):
-            for event, self._place in events:
-                await self._send(event.get("message"))
+        while self._recording and self._place < self._recording.end:
+            for event, place in self._recording.events(self._place) or [({}, self._recording.end)]:
+                self._place = place
+                if message := event.get("message"):
+                    await self._send(message)
             await asyncio.sleep(0)
-        message, self._last = self._last, None
-        await self._send(message)
+        if self._last:
+            message, self._last = self._last, None
+            await self._send(message)
 
-    async def _send(self, message: Message | None) -> None:
+    async def _send(self, message: Message) -> None:
         async with asyncio.timeout(SEND_SECONDS):
-            if message:
-                await self._connection.send(json.dumps(message, ensure_ascii=False))
+            await self._connection.send(json.dumps(message, ensure_ascii=False))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1500,10 +1503,8 @@ class Client:
 # ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
-TURN_SECONDS = 0.01  # that a session listens before others have their turn
-PIECE_BYTES = 1 << 14  # of a stream between two looks at the clock
-INBOX_BYTES, INBOX_LIMIT = 1 << 16, 1 << 20  # that end a tick early; that stop the reader
-INBOX_EACH = 64  # bytes that a message counts beside its content
+TURN_SECONDS, PIECE_BYTES = 0.01, 1 << 14  # that a session listens at a time; between two looks at the clock
+INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
 IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
@@ -1531,7 +1532,6 @@ class Session:
     """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
 
     def __init__(self, services: Services, recording: Recording, options: Options, opened: str) -> None:
-        settings = services.settings
         self.services, self.recording, self.options, self.opened = services, recording, options, opened
         self.state = State()
         self.stream = self.listen_anew()
@@ -1545,8 +1545,8 @@ class Session:
         self._wake, self._taken = asyncio.Event(), asyncio.Event()
         self._flushes: deque[int] = deque(maxlen=FLUSHES)  # where in the stream
         self._pending: deque[Pending] = deque()  # in the order of the audio
-        self._interims = Interims(settings.interim_seconds)
-        self._budget = Budget(self.state.usage, services.hour, settings)
+        self._interims = Interims(services.settings.interim_seconds)
+        self._budget = Budget(self.state.usage, services.hour, services.settings)
         self._ending = Ending(self)
         self._clock = asyncio.get_running_loop().time
         self._fed = self._left = self._clock()  # when audio last came, when the client went
