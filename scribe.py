@@ -1266,13 +1266,13 @@ class State:
         self.gaps: list[Gap] = []
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
-        self.reason = ""  # why no more audio will come
+        self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
         self.stored = False
 
     @property
     def sequence(self) -> int:
-        """Of the last transcription."""
+        """Number of the last transcription."""
         return len(self.places) - 1
 
     @property
@@ -1284,6 +1284,8 @@ class State:
         """Let an event have happened, which ends at a place in the journal."""
         message = event.get("message", {})
         match event.get("event"):
+            case "open":
+                self.opened = event["opened"]
             case "post":
                 self.usage.add(event["seconds"])
             case "transcription":
@@ -1291,9 +1293,8 @@ class State:
                 if not message.get("late"):
                     self.transcript.say((Word(*word) for word in event["words"]), message["end"])
             case "gap":
-                start, end = event["lost"]
-                near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS]
-                self.gaps.append(Gap(start, end, near[-1] if near else Mark()))
+                near = [mark for mark in self.marks if mark.seconds <= event["lost"][0] - LOOKBACK_SECONDS]
+                self.gaps.append(Gap(*event["lost"], *near[-1:]))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
             case "end":
@@ -1531,8 +1532,8 @@ class Services:
 class Session:
     """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
 
-    def __init__(self, services: Services, recording: Recording, options: Options, opened: str) -> None:
-        self.services, self.recording, self.options, self.opened = services, recording, options, opened
+    def __init__(self, services: Services, recording: Recording, options: Options) -> None:
+        self.services, self.recording, self.options = services, recording, options
         self.state = State()
         self.stream = self.listen_anew()
         self.segmenter = Segmenter()
@@ -1564,7 +1565,7 @@ class Session:
             recording.remove()
             recording.release()
             raise
-        return cls(services, recording, options, opened)
+        return cls(services, recording, options)
 
     @classmethod
     def restore(cls, services: Services, recording: Recording) -> Session:
@@ -1573,7 +1574,7 @@ class Session:
             first, _ = next(iter(recording.events()), ({}, 0))
             if not first and not recording.size:
                 recording.remove()  # begun, and nothing more
-            return cls(services, recording, Options(**first["options"]), first["opened"])
+            return cls(services, recording, Options(**first["options"]))
         except (KeyError, TypeError) as error:
             recording.release()
             raise Unreadable(f"the journal of {recording.session} cannot be read: {error!r}") from error
@@ -2037,9 +2038,8 @@ class Ending:
         return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
 
     def _keys(self) -> dict[str, str]:
-        session = self._session
-        key = f"{session.opened[:10].replace('-', '/')}/{session.recording.session}"
-        return {"audio": f"{key}.{session.stream.format.archive[0]}", "transcript": f"{key}.json"}
+        key = f"{self._session.state.opened[:10].replace('-', '/')}/{self._session.recording.session}"
+        return {"audio": f"{key}.{self._session.stream.format.archive[0]}", "transcript": f"{key}.json"}
 
     async def _store(self) -> None:
         """Put recording and transcript into the bucket, however long it takes; of no audio there are none."""
@@ -2047,7 +2047,7 @@ class Ending:
         if self._archive is None or not recording.size or session.state.stored:
             return
         keys, (header, begin, size) = self._keys(), form.stored(recording.size)
-        about: Message = {"session": recording.session, "opened": session.opened}
+        about: Message = {"session": recording.session, "opened": session.state.opened}
         about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
         text = json.dumps({**about, "segments": await self._segments()}, ensure_ascii=False).encode()
         audio = Upload(keys["audio"], form.archive[1], header, recording, begin, size)

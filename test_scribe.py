@@ -4470,7 +4470,7 @@ async def test_acks_let_a_client_forget(env: dict[str, str], endpoint: Endpoint,
 async def test_client_py_comes_through_two_crashes_with_the_whole_text(
     env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto, tmp_path: Path
 ) -> None:
-    speech = speak(chatter(random.Random(2), 6, (0.3, 0.6)), seed=2)
+    speech = speak(chatter(random.Random(2), 16, (0.3, 0.6)), seed=2)
     file = tmp_path / "speech.wav"
     file.write_bytes(wav(speech.samples, speech.rate))
     async with Scribe(env | s3.env | {"GRACE_SECONDS": "5"}) as server:
@@ -4481,7 +4481,7 @@ async def test_client_py_comes_through_two_crashes_with_the_whole_text(
             stderr=asyncio.subprocess.PIPE,
         )
         for _ in range(2):
-            await asyncio.sleep(speech.seconds / 4)
+            await asyncio.sleep(1.5)
             await server.stop(signal.SIGKILL)
             await server.start()
             assert client.stderr
