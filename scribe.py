@@ -10,16 +10,16 @@ endpoint (/v1/audio/transcriptions), streams the text back, and keeps recording 
 The path of the audio, from here to `main`:
     Settings    what the operator decides, and what a client does
     Formats     bytes to frames and frames to files; PCM and WAV; the stream of a session
-    Segmenter   frames to windows: what is speech, and what ends a window
+    Segmenter   frames to windows: what is speech, and what ends a window (FLUSH and silence: Session)
     Transcript  answers to text: what is final
     Endpoint    one request to Whisper
-    Desk        who may ask the endpoint, and when
+    Desk        which of the requests that sessions want goes out, and when
     Budget      what may be spent
-    Spool       audio and journal of each session: what has happened, and goes on after a crash
+    Spool       audio and journal of each session: what has happened, and survives kill -9
     Archive     recording and transcript to S3
     Interims    when text is asked for before it is final, and what becomes of it
     Client      what one connection is told
-    Session     one transcription: the loop in which all of this meets
+    Session     one transcription: the loop in which all of this meets, and which wants requests
     Ending      what is left to do when its audio is over
     Server      the handshake, the sweep of the spool, the way down, and `main`
 Behind it, each readable alone: what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what
@@ -54,6 +54,7 @@ import secrets
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -382,7 +383,7 @@ class Stream:
         if self._head is not None and not self.format.error:
             self._head += data
             try:
-                found = recognise(self._head, self._limit)
+                found = recognise(self._head[:LARGEST_HEAD], self._limit)
             except FormatError as error:
                 self.format.error = error
                 return []
@@ -432,8 +433,7 @@ class Stream:
 # and closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause ends
 # it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a cut,
 # the window is not `clean`. What holds next to no speech is no window. Windows are in order and disjoint:
-# they never add up to more than the stream. Each carries frames in front of its start, for decoders that need
-# a lead and for words left to it.
+# they never add up to more than the stream. Each carries some frames in front of its start.
 # ------------------------------------------------------------------------------------------------------------
 
 PRE_ROLL_SECONDS = 0.5  # before the first speech of a window: soft onsets lie under the threshold
@@ -734,7 +734,7 @@ class Transcript:
         """The window from where it is to be heard: behind what is final, or before that to align by."""
         resume = max(self.resume, window.start - LOOKBACK_SECONDS)
         wanted = resume < self.heard or resume > window.start
-        return window.since(resume) if wanted else window
+        return window.since(resume) if wanted and resume < window.end else window
 
     def settle(self, hypothesis: Hypothesis, window: Window, again: bool = True) -> Step:
         """The final text of a window. Its last word, if cut and to be heard `again`, is left to the next."""
@@ -867,7 +867,7 @@ class Whisper:
         words = "unknown|unsupported|unrecognized|unexpected|not support|languages"
         unknown = ("language", "prompt") if re.search(words, complaint, re.IGNORECASE) else ()
         for name in (*fixed, *unknown):
-            if name in form and name not in self._refused and name.rstrip("[]") in complaint:
+            if form.get(name, "json") != "json" and name.rstrip("[]") in complaint:
                 log.info("the endpoint refuses %s: doing without", name)
                 self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
                 return True
@@ -879,7 +879,6 @@ class Whisper:
 #
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
-# What is posted is decided when there is a slot: until then the session may still add to it.
 #
 # What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
 # a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
@@ -1150,9 +1149,10 @@ class Recording:
 
     def note(self, event: Message) -> int:
         """Append an event to the journal; gives the place behind it. Raises SpoolError."""
-        line, flags = json.dumps(event, ensure_ascii=False).encode() + b"\n", os.O_RDWR | os.O_CREAT
+        line = json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n"
         try:
-            with os.fdopen(os.open(self._journal, flags, 0o600), "rb+", buffering=0) as journal:
+            file = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o600)
+            with os.fdopen(file, "rb+", buffering=0) as journal:
                 size = journal.seek(0, os.SEEK_END)
                 if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":
                     line = b"\n" + line  # a power cut tore the last one
@@ -1186,8 +1186,9 @@ class Recording:
             await asyncio.sleep(0)
 
     def touch(self) -> None:
-        """Let the grace time begin now."""
-        os.utime(self._file)
+        """Let the grace time begin now, if the disk allows."""
+        with contextlib.suppress(OSError):
+            os.utime(self._file)
 
     def release(self) -> None:
         """Give up the lock."""
@@ -1209,9 +1210,7 @@ class Spool:
         self.full = False  # as of the last sweep
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            attempt = self._directory / secrets.token_hex(8)
-            attempt.touch()
-            attempt.unlink()
+            tempfile.TemporaryFile(dir=self._directory).close()
         except OSError as error:
             raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
 
@@ -1226,22 +1225,24 @@ class Spool:
         """A session that is there. Raises SpoolError, or Locked if it is another process's."""
         try:
             return Recording(self._directory, session)
-        except BlockingIOError:
-            raise Locked("the session is still busy on the server: try again in a second") from None
-        except OSError as error:
+        except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
+        except OSError as error:  # its lock is held, or there are no descriptors left
+            raise Locked("the session is still busy on the server: try again in a second") from error
 
     def sweep(self, grace: float) -> list[str]:
         """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
         touched, total = dict[str, float](), 0
-        for path in self._directory.glob("*.*"):
-            with contextlib.suppress(FileNotFoundError):  # another process finished it
+        paths: list[Path] = []
+        with contextlib.suppress(OSError):  # out of descriptors: next time
+            paths = list(self._directory.iterdir())
+        for path in paths:
+            with contextlib.suppress(OSError):  # another process finished it
                 stat = path.stat()
                 total += stat.st_size
                 touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
         self.full = total >= self._limit
-        late = time.time() - grace
-        return [name for name, when in touched.items() if when <= late and SESSION_ID.fullmatch(name)]
+        return [n for n, when in touched.items() if time.time() - when >= grace and SESSION_ID.fullmatch(n)]
 
 
 class Gap(NamedTuple):
@@ -1418,17 +1419,13 @@ class Client:
 
     def __init__(self, connection: ServerConnection) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
+        self.answered = 0  # the code of the close that it answered: it has all that was sent
         self.notices: deque[Message] = deque()
         self._connection, self._wake = connection, asyncio.Event()
         self._recording: Recording | None = None
         self._place = 0  # in its journal: what is before it was sent
         self._last: Message | None = None  # behind all else: an interim, or what is said at the close
         self._close: tuple[int, str] | None = None
-
-    @property
-    def answered(self) -> bool:
-        """Whether the client has all that was sent: it answered the close."""
-        return self._close is not None and self._connection.close_code == self._close[0]
 
     def greet(self, recording: Recording, place: int, notice: Message) -> None:
         """Begin with a notice, and go on with what the journal has behind a place, and will have."""
@@ -1463,6 +1460,7 @@ class Client:
                 await self._send_all()
             await self._send_all()
             await self._connection.close(*self._close)
+            self.answered = self._connection.close_code or 0
         except TimeoutError:
             log.warning("a client does not read and is cut off; it can resume")
             self._connection.transport.abort()
@@ -1496,7 +1494,7 @@ class Client:
 # requests; before that, answers become final, for they decide where the next request begins. Requests are
 # tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
 # all audio is heard, `Ending` does the rest, and the loop goes on for clients that come back. Others call
-# `attach`, `detach`, `put`, `abandon` and `drain` between two turns; each leaves the session whole.
+# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole.
 #
 # A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
 # of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
@@ -1540,7 +1538,7 @@ class Session:
         self.client: Client | None = None
         self.abandoned = False  # nobody will come back
         self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
-        self._known, self._ended = asyncio.Event(), False  # the journal was read; nothing takes in what comes
+        self.known, self._ended = asyncio.Event(), False  # the journal was read; nothing takes in what comes
         self._inbox: list[bytes | str] = []
         self._inbox_bytes = 0
         self._wake, self._taken = asyncio.Event(), asyncio.Event()
@@ -1575,7 +1573,7 @@ class Session:
             if not first and not recording.size:
                 recording.remove()  # begun, and nothing more
             return cls(services, recording, Options(**first["options"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, OSError, TypeError) as error:
             recording.release()
             raise Unreadable(f"the journal of {recording.session} cannot be read: {error!r}") from error
 
@@ -1586,7 +1584,7 @@ class Session:
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
-        await self._known.wait()
+        await self.known.wait()
         if self._ended:
             raise SpoolError("the session has just ended: come back for it")
         if after > self.state.sequence:
@@ -1598,7 +1596,7 @@ class Session:
         if self.client:
             text = "Another connection took this session over."
             self.client.close(CLOSE_REFUSED, "taken over", error_message("taken_over", text, fatal=True))
-        self.client, received = client, self.recording.size
+        self.client, self.abandoned, received = client, False, self.recording.size
         ready = status_message(status, message, session=self.recording.session, received=received)
         client.greet(self.recording, self.state.places[after], ready)
         self._ending.announce()
@@ -1621,15 +1619,15 @@ class Session:
             await self._taken.wait()
 
     async def abandon(self) -> None:
-        """Nobody came back: as if END had come."""
-        await self._known.wait()
-        with contextlib.suppress(SpoolError):  # then the next sweep finds it
+        """Nobody came back: as if END had come. Raises SpoolError."""
+        await self.known.wait()
+        if self.client is None:  # else one came back meanwhile
             self.abandoned = True
             self._end("abandoned")
 
     async def drain(self) -> None:
         """Send the client to the next process; if it only waits for the end, wait with it."""
-        await self._known.wait()
+        await self.known.wait()
         with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
             self._take_in()
         if self.state.over:
@@ -1659,9 +1657,10 @@ class Session:
                     self._acknowledge()
                     if self.state.over and self._idle():
                         self._ending.begin(self._tasks, self._wake)
+                self._ended = True  # here, for the group may take a turn to close
         finally:
             self._ended = True
-            self._known.set()
+            self.known.set()
             self._taken.set()
 
     def _idle(self) -> bool:
@@ -1693,7 +1692,7 @@ class Session:
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
             raise Unreadable(f"the journal of {self.recording.session} cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
-        self._known.set()
+        self.known.set()
 
     def _take_in(self) -> None:
         messages, self._inbox, self._inbox_bytes = self._inbox, [], 0
@@ -1985,7 +1984,7 @@ class Ending:
             session.done.set()
         if self._told:  # perhaps another one, that came meanwhile
             await self._told.done.wait()
-        if session.abandoned or (self._told and self._told.answered):
+        if session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT)):
             session.recording.remove()
         self.over = True
         wake.set()
@@ -2067,9 +2066,8 @@ class Ending:
 # ------------------------------------------------------------------------------------------------------------
 # Server: the handshake, the health pages, the sweep of the spool, and the way down.
 #
-# All refusals happen at the handshake, as plain HTTP. Behind it a connection is two tasks, one that reads
-# into its session and one that writes what the session says. The session has a task of its own, which
-# outlives them.
+# What the handshake can know it refuses, as plain HTTP. Behind it a connection is two tasks, one that reads
+# into its session and one that writes what the session says. The session has its own, which outlives them.
 # ------------------------------------------------------------------------------------------------------------
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
@@ -2111,8 +2109,8 @@ class Server:
         hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         async with (
-            asyncio.TaskGroup() as self._tasks,
             serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
+            asyncio.TaskGroup() as self._tasks,
         ):
             for socket in listener.sockets:
                 log.info("listening on %s port %d", *socket.getsockname()[:2])
@@ -2151,8 +2149,8 @@ class Server:
 
     def _authorize(self, query: str, authorization: str) -> None:
         scheme, _, bearer = authorization.partition(" ")
-        shown = [text for name, text in parse_qsl(query) if name == "token"]
-        shown += [bearer.strip()] if scheme.lower() == "bearer" else []
+        shown = [bearer.strip()] * (scheme.lower() == "bearer")
+        shown += [text for name, text in parse_qsl(query) if name == "token"]
         right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
         if self._tokens and not any(right):
             raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
@@ -2161,7 +2159,7 @@ class Server:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
         try:
             options = Options.parse(query)
-            known = self._sessions.get(options.session)  # of others the session itself tells what is wrong
+            session = self._sessions.get(options.session)
             if options.session:
                 self._find(options.session)
         except ValueRefused as error:
@@ -2169,8 +2167,8 @@ class Server:
         except SpoolError as error:
             locked = isinstance(error, Locked)
             raise Refusal(503 if locked else 404, str(error), RETRY_LOCKED if locked else 0) from None
-        if known and options.after > known.state.sequence:
-            raise Refusal(400, f"after: the last sequence number is {known.state.sequence}")
+        if session and session.known.is_set() and options.after > session.state.sequence:  # else it says so
+            raise Refusal(400, f"after: the last sequence number is {session.state.sequence}")
         active = sum(not session.state.over for session in self._sessions.values())
         if not options.session and active >= self._settings.max_sessions:
             raise Refusal(503, "The server is full.", RETRY_FULL)
@@ -2202,13 +2200,15 @@ class Server:
                     text = "Connected. Send audio, then END."
                     log.info("session %s: begun, %s", session.recording.session, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
-                with contextlib.suppress(ConnectionClosed):
-                    async for message in connection:
-                        await session.put(client, message)
-                session.detach(client)
-                client.close(CLOSE_DONE)
+                try:
+                    with contextlib.suppress(ConnectionClosed):
+                        async for message in connection:
+                            await session.put(client, message)
+                finally:
+                    session.detach(client)
             except SpoolError as error:
                 client.close(CLOSE_FAILED, "failed", error_message("failed", str(error), fatal=True))
+            client.close(CLOSE_DONE)
 
     async def _work(self, name: str, session: Session) -> None:
         """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
@@ -2242,11 +2242,11 @@ class Server:
             for name in set(self._services.spool.sweep(grace)) - self._sessions.keys() - self._hopeless:
                 try:
                     await self._find(name).abandon()
-                except Locked:
-                    pass  # it is another server's
-                except SpoolError as error:
+                except Unreadable as error:
                     log.error("session %s cannot be finished: %s", name, error)
                     self._hopeless.add(name)
+                except SpoolError:  # of another server, or just gone; or nothing can be written now
+                    continue
             await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
 
 
@@ -2650,7 +2650,7 @@ class Wav(Parser, Pcm):
             self._end = ENDLESS
         if not self._first_sample:
             yield from self._header()
-        elif self.offset < self._end:
+        elif self._end - self.offset >= self.block:
             yield from self.need(min(self._unit, self._end - self.offset))
             self.found += self._read()
         else:
