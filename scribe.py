@@ -1879,9 +1879,9 @@ class Session:
     def _launch_interim(self) -> None:
         """Ask for interim text, if it is time, nothing else is to be done, and money is left for it."""
         segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
-        transcript, pace = self.state.transcript, self._budget.pace(self._clock())
         if not self.options.interim or self.state.over or self._behind():
             return
+        transcript, pace = self.state.transcript, self._budget.pace(self._clock())
         if not interims.due(segmenter, transcript.resume, max(pace, 1.0 + desk.load())):
             return
         if interims.asking or self._pending or not desk.spare() or pace == math.inf:
