@@ -1393,7 +1393,7 @@ class Interims:
 # few, and the newest interim, which is behind all else.
 # ------------------------------------------------------------------------------------------------------------
 
-NOTICES = 100  # that wait for a client; one that causes more, or does not read, is cut off
+NOTICES = 250  # that wait for a client, all of a damaged stream among them; with more it is cut off
 SEND_SECONDS = 20.0  # for a client to take a message
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = (
     1000,
@@ -1621,13 +1621,15 @@ class Session:
     async def abandon(self) -> None:
         """Nobody came back: as if END had come. Raises SpoolError."""
         await self.known.wait()
-        if self.client is None:  # else one came back meanwhile
+        if self.client is None and not self._ended:  # else one came back meanwhile, or it is gone
             self.abandoned = True
             self._end("abandoned")
 
     async def drain(self) -> None:
         """Send the client to the next process; if it only waits for the end, wait with it."""
         await self.known.wait()
+        if self._ended:
+            return
         with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
             self._take_in()
         if self.state.over:
@@ -1853,9 +1855,7 @@ class Session:
                 self._advance(transcript.settle(outcome, window, again))
                 continue
             start, end = max(window.start, transcript.heard), window.end
-            log.warning(
-                "session %s: no text, %.1f to %.1f s: %s", self.recording.session, start, end, outcome
-            )
+            log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.session, start, end, outcome)
             text = f"No text for this part yet: {outcome}. It is tried again before `complete`."
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)

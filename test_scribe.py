@@ -2239,6 +2239,20 @@ def test_bad_audio_gets_a_clear_error_and_the_right_close_code(audio: bytes, cod
     with_server(scene)
 
 
+def test_of_a_stream_that_is_damaged_all_over_the_first_warnings_are_told() -> None:
+    """More of them come at once than a client may leave unread for errors of its own."""
+    data = CUT_FORMATS["mp3"]()
+    whole = pieces(data, parse(data)[1])
+    audio = b"".join(frame + b"garbage " * (n % 2) for n, frame in enumerate(whole * 3))
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, audio, itertools.repeat(1 << 20))
+
+    result = with_server(scene)
+    skipped = [error for error in result.of("error") if error["code"] == "skipped"]
+    assert len(skipped) == scribe.MOST_WARNINGS and result.complete and result.codes == [1000]
+
+
 def test_the_frames_in_front_of_damage_are_transcribed() -> None:
     speech = speak([0.3, WORD, 0.3], 8000)
     audio = wav(speech.samples, 8000, after=wav(speech.samples, 8000))
