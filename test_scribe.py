@@ -2240,17 +2240,19 @@ def test_bad_audio_gets_a_clear_error_and_the_right_close_code(audio: bytes, cod
 
 
 def test_of_a_stream_that_is_damaged_all_over_the_first_warnings_are_told() -> None:
-    """More of them come at once than a client may leave unread for errors of its own."""
+    """All at once, and why it cannot be read further behind them; the client is not taken for a flood."""
     data = CUT_FORMATS["mp3"]()
     whole = pieces(data, parse(data)[1])
     audio = b"".join(frame + b"garbage " * (n % 2) for n, frame in enumerate(whole * 3))
+    audio += CUT_FORMATS["mp3 at 16 kHz"]()  # another sample rate
 
     async def scene(uri: str, _: Endpoint) -> Result:
         return await talk(uri, audio, itertools.repeat(1 << 20))
 
     result = with_server(scene)
     skipped = [error for error in result.of("error") if error["code"] == "skipped"]
-    assert len(skipped) == scribe.MOST_WARNINGS and result.complete and result.codes == [1000]
+    assert len(skipped) == scribe.MOST_WARNINGS and result.complete and result.codes == [1003]
+    assert [error for error in result.of("error") if error["code"] == "format" and error["fatal"]]
 
 
 def test_the_frames_in_front_of_damage_are_transcribed() -> None:
