@@ -16,14 +16,14 @@ The path of the audio, from here to `main`:
     Desk        which of the requests that sessions want goes out, and when
     Budget      what may be spent
     Spool       audio and journal of each session: what has happened, and survives kill -9
-    Archive     recording and transcript to S3
     Interims    when text is asked for before it is final, and what becomes of it
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Ending      what is left to do when its audio is over
     Server      the handshake, the sweep of the spool, the way down, and `main`
-Behind it, each readable alone: what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what
-is held until the end; recognising a stream; offline recognition.
+Behind it, each readable alone: who is let in; sessions that nobody works on; what answers look like, without
+ghosts; Opus with Ogg and WebM; MP3; MP4; what is held until the end; recognising a stream; the bucket;
+offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -40,6 +40,8 @@ import dataclasses
 import email.utils
 import errno
 import fcntl
+import functools
+import hashlib
 import hmac
 import importlib.util
 import json
@@ -50,6 +52,7 @@ import operator
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import struct
@@ -69,10 +72,11 @@ from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
@@ -117,6 +121,9 @@ class Settings:
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
+    allowed_origins: str = value(
+        "", "origins of pages, with commas, that may connect beside the server's own; *: any"
+    )
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
     concurrency: int = value(8, "endpoint requests at once", range(1, 1001))
     requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
@@ -1099,7 +1106,9 @@ class Budget:
 # ------------------------------------------------------------------------------------------------------------
 
 JOURNAL_BYTES = 1 << 16  # of events that are read at once
+ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
+OBJECTS = ("audio", "transcript")  # of a session, in the bucket
 
 Message = dict[str, Any]  # as it is sent; also an event of the journal, whose `message` is what was sent
 
@@ -1109,18 +1118,24 @@ class SpoolError(Exception):
 
 
 class Locked(SpoolError):
-    """Another process works on the session."""
+    """The session cannot be had now: another process works on it, or there is no room."""
 
 
 class Unreadable(SpoolError):
     """The files of a session make no sense."""
 
 
+def alias(session: str) -> str:
+    """What a session is called in logs and keys: its id is enough to resume it, this opens nothing."""
+    return hashlib.blake2b(session.encode(), digest_size=8).hexdigest()
+
+
 class Recording:
     """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
 
     def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
-        self.session = session
+        self.session = session  # its id, which is enough to resume it
+        self.name = alias(session)
         self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
         self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
         try:
@@ -1131,7 +1146,8 @@ class Recording:
             os.close(self._file)
             raise
         self.size = os.fstat(self._file).st_size  # bytes received
-        self.end = self._journal.stat().st_size if self._journal.exists() else 0  # bytes of the journal
+        self.begun = self._journal.exists()  # else it was to be removed, or never begun
+        self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
 
     def append(self, audio: bytes) -> None:
         """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
@@ -1185,6 +1201,12 @@ class Recording:
                 yield event, place
             await asyncio.sleep(0)
 
+    async def segments(self) -> list[Message]:
+        """All final text, in the order of time."""
+        past = [event.get("message", {}) async for event, _ in self.history()]
+        found = [message for message in past if message.get("type") == "transcription"]
+        return sorted(found, key=lambda message: float(message["start"]))
+
     def touch(self) -> None:
         """Let the grace time begin now, if the disk allows."""
         with contextlib.suppress(OSError):
@@ -1200,6 +1222,12 @@ class Recording:
         self._journal.unlink(missing_ok=True)
         self._audio.unlink(missing_ok=True)
 
+    def set_aside(self) -> str:
+        """Give the files a name under which no session is looked for; gives it. Audio alone is removed."""
+        for path in (self._audio, self._journal):
+            path.rename(path.with_name(f"{ASIDE}{self.name}{path.suffix}"))
+        return ASIDE + self.name
+
 
 class Spool:
     """The directory of the sessions' files, which only their owner can read."""
@@ -1207,7 +1235,7 @@ class Spool:
     def __init__(self, settings: Settings) -> None:
         self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
         self._started = time.time()
-        self.full = False  # as of the last sweep
+        self.full, self.aside = False, 0  # as of the last sweep; and how many sessions were given up
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._directory).close()
@@ -1222,9 +1250,14 @@ class Spool:
             raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
 
     def open(self, session: str) -> Recording:
-        """A session that is there. Raises SpoolError, or Locked if it is another process's."""
+        """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
         try:
-            return Recording(self._directory, session)
+            recording = Recording(self._directory, session)
+            if recording.begun and recording.end + recording.size:
+                return recording
+            recording.remove()  # what a crash has left of its beginning or its removal: nobody will miss it
+            recording.release()
+            raise FileNotFoundError
         except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
         except OSError as error:  # its lock is held, or there are no descriptors left
@@ -1242,7 +1275,10 @@ class Spool:
                 total += stat.st_size
                 touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
         self.full = total >= self._limit
-        return [n for n, when in touched.items() if time.time() - when >= grace and SESSION_ID.fullmatch(n)]
+        names = [path.stem for path in paths if path.suffix == ".audio"]
+        self.aside = sum(name.startswith(ASIDE) for name in names)
+        now = time.time()
+        return [n for n in names if SESSION_ID.fullmatch(n) and now - touched.get(n, now) >= grace]
 
 
 class Gap(NamedTuple):
@@ -1259,7 +1295,7 @@ class State:
     open: the session began. post: a request went out. transcription: there is final text; with `found`, for
     the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
     in the gap that starts at `found`. mark: reading may begin again here. end: no more audio will come.
-    complete: all that can be transcribed is. stored: the bucket has it all.
+    complete: all that can be transcribed is. stored: the bucket has an object of it.
     """
 
     def __init__(self) -> None:
@@ -1269,7 +1305,7 @@ class State:
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
-        self.stored = False
+        self._stored: set[str] = set()  # what the bucket has
 
     @property
     def sequence(self) -> int:
@@ -1280,6 +1316,11 @@ class State:
     def over(self) -> bool:
         """Whether no more audio will come."""
         return bool(self.reason)
+
+    @property
+    def unstored(self) -> list[str]:
+        """What the bucket does not have."""
+        return [name for name in OBJECTS if name not in self._stored]
 
     def apply(self, event: Message, place: int) -> None:
         """Let an event have happened, which ends at a place in the journal."""
@@ -1303,7 +1344,9 @@ class State:
             case "complete":
                 self.summary = event["summary"]
             case "stored":
-                self.stored = True
+                self._stored |= (
+                    {event["object"]} if "object" in event else set(OBJECTS)
+                )  # at once in version 1
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1567,15 +1610,14 @@ class Session:
 
     @classmethod
     def restore(cls, services: Services, recording: Recording) -> Session:
-        """The session of these files; it reads them when it runs. Raises Unreadable, and lets go of them."""
+        """The session of these files; it reads them when it runs. Raises SpoolError."""
         try:
             first, _ = next(iter(recording.events()), ({}, 0))
-            if not first and not recording.size:
-                recording.remove()  # begun, and nothing more
             return cls(services, recording, Options(**first["options"]))
-        except (KeyError, OSError, TypeError) as error:
-            recording.release()
-            raise Unreadable(f"the journal of {recording.session} cannot be read: {error!r}") from error
+        except OSError as error:
+            raise SpoolError(f"the journal cannot be read: {error.strerror}") from error
+        except (KeyError, TypeError) as error:
+            raise Unreadable(f"the journal cannot be read: {error!r}") from error
 
     def listen_anew(self) -> Stream:
         """The stream, of which nothing is heard yet."""
@@ -1639,8 +1681,8 @@ class Session:
             client.close(CLOSE_RESTART, "restart", status_message("draining", text, received=received))
             await client.done.wait()
 
-    async def run(self) -> None:
-        """Work until the session is stored, or at rest. Raises SpoolError."""
+    async def run(self) -> bool:
+        """Work until the session is over or at rest; whether it waits for the bucket. Raises SpoolError."""
         tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -1664,6 +1706,7 @@ class Session:
             self._ended = True
             self.known.set()
             self._taken.set()
+        return self._ending.waits
 
     def _idle(self) -> bool:
         return not (self._inbox or self._behind() or self._pending or self._interims.asking)
@@ -1692,7 +1735,7 @@ class Session:
                 self.state.apply(event, place)
             self.stream.go_on(self.state.marks[0], self.recording.read)
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
-            raise Unreadable(f"the journal of {self.recording.session} cannot be read: {error!r}") from error
+            raise Unreadable(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
         self.known.set()
 
@@ -1855,7 +1898,7 @@ class Session:
                 self._advance(transcript.settle(outcome, window, again))
                 continue
             start, end = max(window.start, transcript.heard), window.end
-            log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.session, start, end, outcome)
+            log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
             text = f"No text for this part yet: {outcome}. It is tried again before `complete`."
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
@@ -1935,19 +1978,19 @@ def span(timed: Word | Segment | Gap) -> dict[str, float]:
 # Ending: what is left to do when all audio of a session is heard.
 #
 # The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
-# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; the
-# upload goes on until it succeeds.
+# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; then
+# the session is at rest, and the sweep comes back to it until the bucket has it.
 # ------------------------------------------------------------------------------------------------------------
-
-STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
 
 
 class Ending:
     """The end of one session."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._archive = session, session.services.archive
-        self._begun = self.over = False  # over: nothing is left to do
+        self._session, self._deposit = session, Deposit(session)
+        self._begun = self.over = self.waits = (
+            False  # over: nothing is left to do now, or only for the bucket
+        )
         self._ready = False  # `complete` may be said
         self._told: Client | None = None  # the last one to whom it was
 
@@ -1956,12 +1999,9 @@ class Ending:
         session, summary = self._session, self._session.state.summary
         if not (self._ready and summary and session.client):
             return
-        text, more = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed.", {}
-        if self._archive:
-            places = {name: self._archive.address(key) for name, key in self._keys().items()}
-            more["archive"] = {**places, "stored": session.state.stored}
+        text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
         self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
-        self._told.close(code, last=status_message("complete", text, **summary, **more))
+        self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
 
     def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
         """Begin, once; wake the session when it is over."""
@@ -1975,7 +2015,7 @@ class Ending:
             await self._fill_gaps()
             session.note("complete", summary=await self._sum_up())
         async with asyncio.TaskGroup() as group:
-            upload = group.create_task(self._store())
+            upload = group.create_task(self._deposit.store())
             await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
             self._ready = True
             self.announce()
@@ -1984,46 +2024,44 @@ class Ending:
             session.done.set()
         if self._told:  # perhaps another one, that came meanwhile
             await self._told.done.wait()
-        if session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT)):
+        left = session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT))
+        if left and self._deposit.done:
             session.recording.remove()
-        self.over = True
+        self.over, self.waits = True, not self._deposit.done
         wake.set()
 
     async def _fill_gaps(self) -> None:
         places = asyncio.Semaphore(FLIGHTS)
         async with asyncio.TaskGroup() as group:
-            for gap in sorted(self._session.state.gaps):
+            async for window in self._windows(sorted(self._session.state.gaps)):
                 await places.acquire()
-                group.create_task(self._fill(gap, places))
+                group.create_task(self._fill(window, places))
 
-    async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
-        session, pending = self._session, Pending(await self._window(gap))
+    async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
+        session, pending = self._session, Pending(window)
         await session.transcribe(pending)
         places.release()
         if isinstance(pending.outcome, Hypothesis):
-            segment = Transcript(gap.start).settle(pending.outcome, pending.window).segment
+            segment = Transcript(window.start).settle(pending.outcome, pending.window).segment
             message = {"message": session.final(segment, late=True)} if segment else {}
-            session.note("transcription" if segment else "filled", found=gap.start, **message)
+            session.note("transcription" if segment else "filled", found=window.start, **message)
 
-    async def _window(self, gap: Gap) -> Window:
-        """The window of a gap: its frames are found again, from its mark on."""
-        session, frames, now = self._session, Frames(), gap.mark.seconds
-        stream = session.listen_anew()
-        stream.go_on(gap.mark, session.recording.read)
-        while now < gap.end and not stream.ended:
-            data = session.recording.read(stream.offset, PIECE_BYTES)
-            for frame in stream.feed(data) if data else stream.end():
-                now += frame.seconds
-                frames.append(frame, now)
-            frames.forget(gap.start - LOOKBACK_SECONDS)
-            await asyncio.sleep(0)
-        frames = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
-        return Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, frames)
-
-    async def _segments(self) -> list[Message]:
-        past = [event.get("message", {}) async for event, _ in self._session.recording.history()]
-        segments = [message for message in past if message.get("type") == "transcription"]
-        return sorted(segments, key=lambda segment: float(segment["start"]))
+    async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
+        """The windows of gaps, in order; their frames are found again, from their marks on."""
+        session, now = self._session, -1.0
+        for gap in gaps:
+            if now < gap.mark.seconds:
+                stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
+                stream.go_on(gap.mark, session.recording.read)
+            while now < gap.end and not stream.ended:
+                data = session.recording.read(stream.offset, PIECE_BYTES)
+                for frame in stream.feed(data) if data else stream.end():
+                    now += frame.seconds
+                    frames.append(frame, now)
+                frames.forget(gap.start - LOOKBACK_SECONDS)
+                await asyncio.sleep(0)
+            found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+            yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
@@ -2031,36 +2069,10 @@ class Ending:
         usage = {"audio_seconds": round(seconds, 3), "posted_seconds": round(spent.posted, 3)}
         usage |= {"billed_seconds": spent.billed, "requests": spent.requests}
         usage["factor"] = round(spent.posted / seconds, 3) if seconds else 0.0
-        what = (session.recording.session, session.state.reason, json.dumps(usage), len(gaps))
+        what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
-        text = " ".join(segment["text"] for segment in await self._segments())
+        text = " ".join(segment["text"] for segment in await session.recording.segments())
         return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
-
-    def _keys(self) -> dict[str, str]:
-        key = f"{self._session.state.opened[:10].replace('-', '/')}/{self._session.recording.session}"
-        return {"audio": f"{key}.{self._session.stream.format.archive[0]}", "transcript": f"{key}.json"}
-
-    async def _store(self) -> None:
-        """Put recording and transcript into the bucket, however long it takes; of no audio there are none."""
-        session, recording, form = self._session, self._session.recording, self._session.stream.format
-        if self._archive is None or not recording.size or session.state.stored:
-            return
-        keys, (header, begin, size) = self._keys(), form.stored(recording.size)
-        about: Message = {"session": recording.session, "opened": session.state.opened}
-        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
-        text = json.dumps({**about, "segments": await self._segments()}, ensure_ascii=False).encode()
-        audio = Upload(keys["audio"], form.archive[1], header, recording, begin, size)
-        delay = STORE_LEAST
-        while True:
-            try:
-                await self._archive.store(audio)
-                await self._archive.store(Upload(keys["transcript"], "application/json", text, recording))
-                session.note("stored")
-                return
-            except ArchiveError as error:
-                log.warning("session %s: not stored yet, the spool keeps it: %s", recording.session, error)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, STORE_MOST)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2070,25 +2082,11 @@ class Ending:
 # into its session and one that writes what the session says. The session has its own, which outlives them.
 # ------------------------------------------------------------------------------------------------------------
 
-SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+RESTORES = 64  # sessions that are read back at once
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
 MAX_MESSAGE_BYTES = 1 << 20
 OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 17  # of mallopt(3): bytes, from which on blocks are given back
-
-
-class Refusal(Exception):
-    """A handshake's answer that is no connection."""
-
-    def __init__(self, status: int, message: str, retry: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.retry = status, retry
-
-
-class Connection(ServerConnection):
-    """A connection with what its handshake has settled."""
-
-    options: Options
 
 
 class Server:
@@ -2096,16 +2094,17 @@ class Server:
 
     def __init__(self, services: Services) -> None:
         self._services, self._settings, self._draining = services, services.settings, False
-        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", self._settings.scribe_tokens)]
+        self._door = Door(self._settings)
         self._caveat = " Offline recognition: English only, and rough." if self._settings.offline else ""
         self._sessions: dict[str, Session] = {}
         self._works: dict[str, asyncio.Task[None]] = {}
-        self._hopeless: set[str] = set()  # sessions that cannot be finished
+        self._sweep = Sweep(services, self._sessions, self._find)
         self._tasks: asyncio.TaskGroup
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"create_connection": Connection, "process_request": self._check}
+        connection = functools.partial(Connection, self._door)
+        hooks: dict[str, Any] = {"create_connection": connection, "process_request": self._check}
         hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         async with (
@@ -2114,7 +2113,7 @@ class Server:
         ):
             for socket in listener.sockets:
                 log.info("listening on %s port %d", *socket.getsockname()[:2])
-            sweep = self._tasks.create_task(self._sweep())
+            sweep = self._tasks.create_task(self._sweep.run())
             await stop.wait()
             sweep.cancel()
             await self._drain()
@@ -2132,28 +2131,18 @@ class Server:
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
         if path == "/healthz" or (path == "/readyz" and not self._draining):
-            return connection.respond(200, "ok\n")
+            aside = self._services.spool.aside
+            return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
         try:
             if self._draining:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
-            self._authorize(query, request.headers.get("Authorization", ""))
+            self._door.check(cast(Connection, connection), request.headers, query)
             cast(Connection, connection).options = self._admit(query)
         except Refusal as refusal:
-            response = connection.respond(refusal.status, f"{refusal}\n")
-            if refusal.retry:
-                response.headers["Retry-After"] = str(refusal.retry)
-            return response
+            return refusal.answer(connection)
         return None
-
-    def _authorize(self, query: str, authorization: str) -> None:
-        scheme, _, bearer = authorization.partition(" ")
-        shown = [bearer.strip()] * (scheme.lower() == "bearer")
-        shown += [text for name, text in parse_qsl(query) if name == "token"]
-        right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
-        if self._tokens and not any(right):
-            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
 
     def _admit(self, query: str) -> Options:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
@@ -2170,16 +2159,26 @@ class Server:
         if session and session.known.is_set() and options.after > session.state.sequence:  # else it says so
             raise Refusal(400, f"after: the last sequence number is {session.state.sequence}")
         active = sum(not session.state.over for session in self._sessions.values())
-        if not options.session and active >= self._settings.max_sessions:
+        full = active >= self._settings.max_sessions or len(self._sessions) >= self._door.room
+        if not options.session and full:
             raise Refusal(503, "The server is full.", RETRY_FULL)
         if not options.session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
         return options
 
     def _find(self, name: str) -> Session:
-        """A session from here or from the spool. Raises SpoolError, Locked if it is another server's."""
-        known = self._sessions.get(name)
-        return known or self._start(Session.restore(self._services, self._services.spool.open(name)))
+        """A session from here or from the spool. Raises SpoolError, Locked if it cannot be had now."""
+        if known := self._sessions.get(name):
+            return known
+        if sum(not session.known.is_set() for session in self._sessions.values()) >= RESTORES:
+            raise Locked("too many sessions are being read back: try again in a second")
+        recording = self._services.spool.open(name)
+        try:
+            return self._start(Session.restore(self._services, recording))
+        except SpoolError as error:
+            self._sweep.failed(recording, error)
+            recording.release()
+            raise
 
     def _start(self, session: Session) -> Session:
         name = session.recording.session
@@ -2198,7 +2197,7 @@ class Server:
                 else:
                     session, status = self._start(Session.begin(self._services, options)), "ready"
                     text = "Connected. Send audio, then END."
-                    log.info("session %s: begun, %s", session.recording.session, options.format)
+                    log.info("session %s: begun, %s", session.recording.name, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
                 try:
                     with contextlib.suppress(ConnectionClosed):
@@ -2214,40 +2213,26 @@ class Server:
         """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
         message = ""
         try:
-            await session.run()
+            if await session.run():
+                self._sweep.postpone(name)
+            else:
+                self._sweep.forget(name)
         except* SpoolError as errors:
             error: BaseException = errors
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
-            log.error("session %s: %s", name, error)
             message = f"{error}. What was received before is safe."
-            self._hopeless |= {name} if isinstance(error, Unreadable) else set()
-        except* Exception:
-            log.exception("session %s failed", name)
+            self._sweep.failed(session.recording, error)
+        except* Exception as errors:
+            log.error("session %s failed", session.recording.name, exc_info=errors)
             message = "The session failed. What was received is safe: resume later."
-            self._hopeless.add(name)
+            self._sweep.failed(session.recording, errors)
         finally:
             if message and session.client:
                 session.client.close(CLOSE_FAILED, "failed", error_message("failed", message, fatal=True))
             del self._sessions[name], self._works[name]
             session.done.set()
             session.recording.release()
-
-    async def _sweep(self) -> None:
-        """Finish the sessions that nobody came back to, whichever server began them."""
-        grace = self._settings.grace_seconds
-        while True:
-            for session in self._sessions.values():
-                session.recording.touch()
-            for name in set(self._services.spool.sweep(grace)) - self._sessions.keys() - self._hopeless:
-                try:
-                    await self._find(name).abandon()
-                except Unreadable as error:
-                    log.error("session %s cannot be finished: %s", name, error)
-                    self._hopeless.add(name)
-                except SpoolError:  # of another server, or just gone; or nothing can be written now
-                    continue
-            await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
 
 
 async def run(settings: Settings) -> None:
@@ -2298,6 +2283,213 @@ def main() -> int:
         print(f"scribe: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueRefused) else 1
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Door: who is let in.
+#
+# A handshake is refused as plain HTTP. Any page that the operator visits can reach a server on his machine,
+# but not hide where it comes from: pages of the server's own host are let in, and those of ALLOWED_ORIGINS.
+# Every connection holds a descriptor, and so may its session, so they are counted from the first byte on; of
+# those that have not asked for anything the oldest gives way to the next.
+# ------------------------------------------------------------------------------------------------------------
+
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
+MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
+SPARE_DESCRIPTORS = (
+    160  # for what is no session: 100 connections that come at once, the bucket, the interpreter
+)
+UNASKED_SHARE, LEAST_ROOM = 8, 8  # one in so many descriptors is for handshakes; sessions at least
+UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
+
+
+def descriptors() -> int:
+    """How many this process may have, the soft limit raised to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Refusal(Exception):
+    """A handshake's answer that is no connection."""
+
+    def __init__(self, status: int, message: str, retry: int = 0) -> None:
+        super().__init__(message)
+        self._status, self._retry = status, retry
+
+    def answer(self, connection: ServerConnection) -> Response:
+        """What is sent."""
+        response = connection.respond(self._status, f"{self}\n")
+        if self._retry:
+            response.headers["Retry-After"] = str(self._retry)
+        return response
+
+
+class Connection(ServerConnection):
+    """A connection, counted at the door, with what its handshake has settled."""
+
+    options: Options
+
+    def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._door.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._door.leave(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; answers to pings are not held back by websockets, however many are unread."""
+        before = self.transport.get_write_buffer_size()
+        super().data_received(data)
+        unread = self.transport.get_write_buffer_size()
+        self._pongs = self._pongs + unread - before if before else unread
+        if self._pongs > UNREAD_PONGS:
+            self.transport.abort()
+
+
+class Door:
+    """Counts connections, and knows who may come in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
+        self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins))
+        self._local = settings.host in LOCAL
+        self._open, self._unasked = (
+            0,
+            dict[Connection, None](),
+        )  # connections; those without a request, oldest first
+        whole = descriptors()
+        self._handshakes = whole // UNASKED_SHARE
+        spare = SPARE_DESCRIPTORS + settings.concurrency + self._handshakes
+        self.room = max(LEAST_ROOM, (whole - spare) // 2)  # for sessions, each with a client and a file
+        if self.room < settings.max_sessions:
+            log.warning(
+                "%d descriptors are enough for %d sessions at once: raise the limit", whole, self.room
+            )
+
+    def enter(self, connection: Connection) -> None:
+        """Count a connection."""
+        self._open += 1
+        self._unasked[connection] = None
+        if len(self._unasked) > self._handshakes:
+            oldest = next(iter(self._unasked))
+            del self._unasked[oldest]
+            oldest.transport.abort()
+
+    def leave(self, connection: Connection) -> None:
+        """Count it no more."""
+        self._open -= 1
+        self._unasked.pop(connection, None)
+
+    def check(self, connection: Connection, headers: Headers, query: str) -> None:
+        """Let a connection in by its request. Raises Refusal."""
+        self._unasked.pop(connection, None)
+        if self._open - len(self._unasked) > self.room:
+            raise Refusal(503, "There are too many connections.", RETRY_FULL)
+        given = {}
+        for name in ("Authorization", "Host", "Origin"):
+            if len(found := headers.get_all(name)) > 1:
+                raise Refusal(400, f"The header {name} is given twice.")
+            given[name] = "".join(found)
+        if given["Origin"] and not self._is_ours(given["Origin"], given["Host"]):
+            raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
+        scheme, _, bearer = given["Authorization"].partition(" ")
+        shown = [bearer.strip()] * (scheme.lower() == "bearer")
+        shown += [text for name, text in parse_qsl(query) if name == "token"]
+        codes = [text.encode(errors="surrogateescape") for text in shown]
+        if self._tokens and not any(
+            hmac.compare_digest(code, token) for code in codes for token in self._tokens
+        ):
+            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+
+    def _is_ours(self, origin: str, host: str) -> bool:
+        """Whether a page may connect. A name that was bent to this machine (DNS rebinding) is not its own."""
+        if self._origins & {"*", origin}:
+            return True
+        try:
+            page, asked = urlsplit(origin), urlsplit(f"//{host}")
+            own = page.netloc.lower() == asked.netloc.lower()
+            return own and (asked.hostname in LOCAL or not self._local)
+        except ValueError:
+            return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sweep: sessions that nobody works on.
+#
+# Those that a client has left are finished when their grace time is over, whichever server began them. Those
+# that have failed, and those that wait for the bucket, are tried again, ever later, and a few at a time; what
+# cannot be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
+# ------------------------------------------------------------------------------------------------------------
+
+SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+SWEPT = 16  # sessions without a client that the sweep lets run at once: each holds a descriptor
+RETRY_SECONDS, RETRY_MOST = 1.0, 300.0  # until a session is tried again: at first, doubling, and at most
+ATTEMPTS = 8  # at a session that fails by its own fault, within two minutes or so
+
+
+class Sweep:
+    """Comes back to the sessions of the spool. `sessions` are those that run, `find` makes one run."""
+
+    def __init__(self, services: Services, sessions: Mapping[str, Session], find: Callable[[str], Session]):
+        self._spool, self._grace = services.spool, services.settings.grace_seconds
+        self._sessions, self._find = sessions, find
+        self._later: dict[str, tuple[int, float]] = {}  # how often a session was put off, and until when
+        self._clock = asyncio.get_running_loop().time
+
+    def postpone(self, name: str) -> int:
+        """Come back to a session, ever later; gives how often."""
+        count = self._later.get(name, (0, 0.0))[0] + 1
+        delay = min(RETRY_SECONDS * 2.0 ** min(count - 1, 10), RETRY_MOST)
+        self._later[name] = (count, self._clock() + delay)
+        return count
+
+    def forget(self, name: str) -> None:
+        """All is well with a session."""
+        self._later.pop(name, None)
+
+    def failed(self, recording: Recording, error: BaseException) -> None:
+        """Come back to a session that has failed, or set it aside: by its own fault is all but SpoolError."""
+        own = isinstance(error, Unreadable) or not isinstance(error, SpoolError)
+        if self.postpone(recording.session) < ATTEMPTS or not own:
+            log.error("session %s: %s", recording.name, error)
+            return
+        with contextlib.suppress(OSError):  # then it stays, and is tried again
+            log.error("session %s is set aside as %s: %s", recording.name, recording.set_aside(), error)
+            self.forget(recording.session)
+
+    async def run(self) -> None:
+        """Sweep again and again."""
+        while True:
+            for session in self._sessions.values():
+                session.recording.touch()
+            left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
+            for name in left | self._later.keys():
+                alone = sum(session.client is None for session in self._sessions.values())
+                due = self._later.get(name, (0, 0.0))[1] <= self._clock()
+                if alone < SWEPT and due and name not in self._sessions:
+                    await self._take_up(name, name in left)
+            await asyncio.sleep(min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST))
+
+    async def _take_up(self, name: str, left: bool) -> None:
+        try:
+            session = self._find(name)
+            if left:
+                await session.abandon()
+        except (Locked, Unreadable):  # of another server, or told of already
+            return
+        except SpoolError:  # just gone; or nothing can be written now
+            self.forget(name)
+        except Exception:
+            log.exception("session %s cannot be taken up", alias(name))
+            self.postpone(name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3309,6 +3501,9 @@ def recognise(head: bytes, limit: int) -> Format | None:
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
 UPLOADS = 4  # at once
 CHECK_SECONDS = 5.0  # for the bucket to answer at start
+QUEUE_SECONDS = 10.0  # for other uploads at least, before a session gives up its turn
+STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
+SEGMENTS_AT_ONCE = 256  # of a transcript that are written in one turn of the loop: some ms
 
 
 class ArchiveError(Exception):
@@ -3321,9 +3516,9 @@ class Upload(NamedTuple):
     key: str
     media_type: str
     header: bytes
+    offset: int
+    size: int  # bytes, without the header
     recording: Recording
-    offset: int = 0
-    size: int = 0  # bytes, without the header
 
     def pieces(self) -> Iterator[bytes]:
         """The object in pieces of PART_BYTES, the last one shorter; one at least."""
@@ -3373,20 +3568,31 @@ class Archive:
         """Where an object is."""
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
-    async def store(self, upload: Upload) -> None:
-        """Upload an object. Raises ArchiveError."""
-        target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
-        size = upload.size + len(upload.header)
+    async def store(self, upload: Upload, until: float) -> None:
+        """Upload an object, if that can begin by a time of the loop's clock. Raises ArchiveError."""
         try:
-            async with self._uploads:
-                if size > PART_BYTES:
-                    await self._store_parts(target, upload)
-                else:
-                    body = next(upload.pieces())
-                    await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
-                await self._confirm(target, size)
+            async with asyncio.timeout_at(
+                until
+            ):  # behind a bucket that hangs all would wait, with their files open
+                await self._uploads.acquire()
+        except TimeoutError:
+            raise ArchiveError(f"{self.address(upload.key)}: other uploads take too long") from None
+        try:
+            await self._store(upload)
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
             raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
+        finally:
+            self._uploads.release()
+
+    async def _store(self, upload: Upload) -> None:
+        target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
+        size = upload.size + len(upload.header)
+        if size > PART_BYTES:
+            await self._store_parts(target, upload)
+        else:
+            body = next(upload.pieces())
+            await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
+        await self._confirm(target, size)
 
     async def _store_parts(self, target: dict[str, str], upload: Upload) -> None:
         with contextlib.suppress(Exception):  # what a crash has left of an earlier attempt is only paid for
@@ -3416,6 +3622,68 @@ class Archive:
         if found.get("ContentLength", size) != size:
             raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
+
+# ---- What a session leaves there ----
+
+
+class Deposit:
+    """What a session leaves in the bucket: nothing, if there is no bucket or no audio."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._archive = session, session.services.archive
+
+    @property
+    def done(self) -> bool:
+        """Whether the bucket has all of it."""
+        return not (self._archive and self._session.recording.size and self._session.state.unstored)
+
+    def places(self) -> Message:
+        """Where it is to be found, as `complete` tells it."""
+        if not self._archive:
+            return {}
+        places = {name: self._archive.address(self._key(name)) for name in OBJECTS}
+        return {"archive": {**places, "stored": not self._session.state.unstored}}
+
+    async def store(self) -> None:
+        """Bring what the bucket does not have; to a failing one only as long as a client waits."""
+        session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
+        until = clock() + session.services.settings.archive_seconds
+        begin_by = max(until, clock() + QUEUE_SECONDS)
+        while self._archive and not self.done:
+            name = session.state.unstored[0]
+            try:
+                upload = await (self._audio() if name == "audio" else self._transcript())
+                await self._archive.store(upload, begin_by)
+                session.note("stored", object=name)
+            except ArchiveError as error:
+                log.warning("session %s: not stored yet: %s", session.recording.name, error)
+                if clock() + delay > until:
+                    return
+                await asyncio.sleep(delay)
+                delay *= 2
+
+    def _key(self, name: str) -> str:
+        kind = self._session.stream.format.archive[0] if name == "audio" else "json"
+        day = self._session.state.opened[:10].replace("-", "/")
+        return f"{day}/{self._session.recording.name}.{kind}"
+
+    async def _audio(self) -> Upload:
+        recording, form = self._session.recording, self._session.stream.format
+        return Upload(self._key("audio"), form.archive[1], *form.stored(recording.size), recording)
+
+    async def _transcript(self) -> Upload:
+        session, lines = self._session, list[str]()
+        about: Message = {"session": session.recording.name, "opened": session.state.opened}
+        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
+        for number, segment in enumerate(await session.recording.segments()):
+            lines.append(json.dumps(segment, ensure_ascii=False))
+            if number % SEGMENTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'
+        return Upload(self._key("transcript"), "application/json", text.encode(), 0, 0, session.recording)
+
+
+# ---- Offline recognition ----
 
 SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
 _sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it

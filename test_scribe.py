@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import itertools
 import json
@@ -741,6 +742,7 @@ class Scribe:
     flags: Sequence[str] = ()
     port: int = field(default_factory=free_port)
     lines: list[str] = field(default_factory=list)  # of its log
+    descriptors: int = 0  # that it may have at most; 0: as many as the tests
 
     @property
     def uri(self) -> str:
@@ -761,7 +763,9 @@ class Scribe:
         """Starts it (again), on the same port and spool, and waits until it is healthy."""
         foreign = ("OPENAI_", "AWS_", "S3_", "SCRIBE_", "SPOOL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        limit = ("sh", "-c", f'ulimit -n {self.descriptors}; exec "$0" "$@"') if self.descriptors else ()
         self._process = await asyncio.create_subprocess_exec(
+            *limit,
             sys.executable,
             *(str(SCRIPT), "--host", "127.0.0.1", "--port", str(self.port), *self.flags),
             env={**inherited, "OPENAI_API_KEY": "test", "PYTHONUNBUFFERED": "1", **self.env},
@@ -2345,6 +2349,98 @@ def test_only_a_token_that_is_known_opens_the_door() -> None:
     with_server(scene, scribe_tokens=" alpha, beta,")
 
 
+def test_two_headers_of_one_name_are_a_clear_400() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        twice = [("Authorization", "Bearer alpha"), ("Authorization", "Bearer alpha")]
+        with pytest.raises(InvalidStatus) as answer:
+            await connect(uri, additional_headers=twice, proxy=None)
+        assert answer.value.response.status_code == 400 and b"twice" in answer.value.response.body
+        for token in (b"\xc3\xbc", b"\xff"):
+            raw = b"GET /ws HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + token + b"\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(uri).port)
+            writer.write(raw)
+            assert b" 401 " in (await reader.read()).splitlines()[0]
+            writer.close()
+
+    with_server(scene, scribe_tokens="alpha")
+
+
+ORIGINS = {  # origin, Host, and whether such a page may connect to a server on localhost, and to one for all
+    "of the server": ("http://localhost:8000", "localhost:8000", True, True),
+    "of the server, by number": ("http://127.0.0.1:8000", "127.0.0.1:8000", True, True),
+    "of the server, behind a proxy": ("https://scribe.example", "scribe.example", False, True),
+    "listed": ("https://app.example", "localhost:8000", True, True),
+    "of a stranger": ("https://evil.example", "localhost:8000", False, False),
+    "of another port": ("http://localhost:3000", "localhost:8000", False, False),
+    "of a listed name's like": ("https://app.example.evil.example", "localhost:8000", False, False),
+    "of a stranger who bent a name to this machine": (
+        "http://evil.example:8000",
+        "evil.example:8000",
+        False,
+        True,
+    ),
+    "of a file": ("null", "localhost:8000", False, False),
+    "no URL": ("http://[", "localhost:8000", False, False),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0"])
+def test_only_pages_of_the_server_and_listed_ones_may_connect(case: str, host: str) -> None:
+    origin, asked, at_home, abroad = ORIGINS[case]
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        port = urlsplit(uri).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"GET /ws HTTP/1.1\r\nHost: {asked}\r\nOrigin: {origin}\r\n"
+        upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        writer.write(f"{head}{upgrade}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+        status = (await reader.readline()).split()[1]
+        writer.close()
+        admitted = abroad if host == "0.0.0.0" else at_home
+        assert status == (b"101" if admitted else b"403")
+        assert await is_served(uri)  # who shows no origin is no page
+
+    with_server(scene, host=host, allowed_origins="https://app.example, https://other.example")
+
+
+async def test_connections_that_ask_for_nothing_take_no_descriptor_from_sessions(env: dict[str, str]) -> None:
+    """Of silent connections the oldest go, and everyone is served."""
+    async with Scribe(env | {"MAX_SESSIONS": "5"}, descriptors=256) as server:
+        silent = []
+        live = asyncio.create_task(
+            talk(with_options(server.uri, **RAW_PCM), PCM, [1 << 14], bytes_per_second=64_000)
+        )
+        for _ in range(500):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            silent.append(connection)
+            await asyncio.sleep(0.002)
+        assert (await talk(with_options(server.uri, **RAW_PCM), PCM)).complete
+        result = await live
+        assert result.complete and compare(SPEECH.texts, result.words).words == 0
+        for connection in silent:
+            connection.close()
+
+
+async def test_pongs_that_nobody_reads_do_not_pile_up(env: dict[str, str]) -> None:
+    ping = b"\x89\xfd\0\0\0\0" + bytes(125)
+    async with Scribe(env) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 10)
+        head = b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        writer.write(
+            head + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        with pytest.raises(ConnectionError):  # else 64 MB would be taken
+            for _ in range(500):
+                writer.write(ping * 1000)
+                await writer.drain()
+        async with connect(server.uri, proxy=None) as connection:  # who reads them may ping as he likes
+            for _ in range(2000):
+                await (await connection.ping(bytes(125)))
+        writer.transport.abort()
+
+
 def test_no_more_sessions_than_the_limit_and_the_rest_is_told_when_to_come_back() -> None:
     async def scene(uri: str, _: Endpoint) -> None:
         async def enter() -> ClientConnection | str:
@@ -3357,7 +3453,7 @@ class Session:
             self.assert_stored(result, stored)
 
     def assert_stored(self, result: Result, stored: dict[str, bytes]) -> None:
-        session = result.messages[0]["session"]
+        session = alias(result.messages[0]["session"])
         (audio,) = (stored[key] for key in stored if key.endswith(f"{session}.{self.extension}"))
         (transcript,) = (json.loads(stored[key]) for key in stored if key.endswith(f"{session}.json"))
         assert samples_of(audio) == self.samples
@@ -3371,6 +3467,11 @@ class Session:
             assert [s.get("words") for s in transcript["segments"]] == [
                 f.get("words") for f in by_time(result)
             ]
+
+
+def alias(session: str) -> str:
+    """What a session is called in logs and keys."""
+    return hashlib.blake2b(session.encode(), digest_size=8).hexdigest()
 
 
 def by_time(result: Result) -> list[Message]:
@@ -4148,7 +4249,7 @@ async def test_a_client_that_is_gone_for_good_is_transcribed_and_archived(
         assert samples_of(recording) == session.samples
         transcript = json.loads(text)
         assert words_of(transcript["full_transcription"]) == session.words
-        assert (transcript["session"], transcript["gaps"]) == (gone.messages[0]["session"], [])
+        assert (transcript["session"], transcript["gaps"]) == (alias(gone.messages[0]["session"]), [])
 
     await together({heir: leave(heir) for heir in ("same", "restarted", "another")})
     assert orphans(s3) == []
@@ -4227,6 +4328,51 @@ async def test_a_failing_bucket_delays_no_text_and_has_the_recording_once_it_is_
         assert not [left for left in orphans(s3) if left["Key"].startswith(f"{own.name}/")]
 
     await together({case: fail(case) for case in FAILING}, at_once=7)
+
+
+@pytest.mark.parametrize("how", ["refuse", "hang"])
+async def test_sessions_that_wait_for_the_bucket_hold_nothing(
+    how: str, env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto
+) -> None:
+    """However many there are: a descriptor each would end the server's."""
+    async with FaultyS3(s3.port) as front:
+        more = {"ARCHIVE_SECONDS": "0", "GRACE_SECONDS": "1", "MAX_SESSIONS": "8"}
+        async with Scribe(env | front.env(s3) | more, descriptors=512) as server:
+            front.fault = lambda operation: how
+            before = open_files(server)
+            for _ in range(40):
+                await until(lambda: open_files(server) < before + 30)  # else it is full for a moment
+                result = await talk(with_options(server.uri, **RAW_PCM), PCM[:32_000])
+                assert result.complete and result.complete["archive"]["stored"] is False
+            await until(lambda: open_files(server) <= before + 16 + 12)  # the sweep's, and connections of S3
+            assert len(files(spool, "*.audio")) == 40
+            front.fault = lambda operation: None
+            if how == "hang":  # it would wait for the time limit of a request
+                await server.stop(signal.SIGKILL)
+                await server.start()
+            await until(lambda: left(spool) == [], 60)
+    assert len(s3.objects()) == 80
+
+
+async def test_what_the_bucket_has_is_not_sent_again(
+    env: dict[str, str], launch: Serve, endpoint: Endpoint, spool: Path, s3: Moto
+) -> None:
+    """While it refuses the transcript, the recording goes up once, also over a restart."""
+    async with FaultyS3(s3.port) as front:
+        server = await launch(env | front.env(s3) | {"GRACE_SECONDS": "1", "ARCHIVE_SECONDS": "0.5"})
+        front.fault = lambda operation: "deny" if operation == "put" else None
+        result = await talk(with_options(server.uri, **LONG_RAW), LONG, [1 << 19] * 100)
+        assert result.complete and result.complete["archive"]["stored"] is False
+        await until(lambda: front.seen.count("put") >= 3)
+        await server.stop(signal.SIGKILL)
+        await server.start()
+        await until(lambda: front.seen.count("put") >= 5)
+        front.fault = lambda operation: None
+        await until(lambda: left(spool) == [], 60)
+        assert front.seen.count("complete") == 1
+    transcript, recording = (data for _, data in sorted(s3.objects().items()))
+    assert samples_of(recording) == LONG
+    assert json.loads(transcript)["full_transcription"] == result.complete["full_transcription"]
 
 
 async def test_no_multipart_upload_is_left_behind_by_a_crash(
@@ -4501,9 +4647,95 @@ async def test_strange_files_in_the_spool_harm_no_session(env: dict[str, str], s
             status, body, _ = await refused_handshake(with_options(server.uri, session=f"{number:022}"))
             assert status == 404 and body, what
             assert f"{number:022}.audio" in left(spool), what
-            assert any(f"{number:022}" in line for line in server.lines), what
+            assert any(alias(f"{number:022}") in line for line in server.lines), what
         assert not any("Traceback" in line for line in server.lines)
         assert await server.stop() == 0
+
+
+async def page(uri: str, path: str) -> str:
+    """The text of one of a server's pages."""
+    async with (
+        ClientSession() as http,
+        http.get(uri.replace("ws:", "http:").removesuffix("/ws") + path) as answer,
+    ):
+        return await answer.text()
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        STRANGE["not JSON"],
+        STRANGE["no options"],
+        b'{"event":"open","opened":"2026-01-01","options":{}}\n{"event":"post"}\n',
+    ],
+    ids=range(3),
+)
+def test_a_session_that_cannot_be_read_is_set_aside_and_kept(
+    journal: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a few attempts, each later than the one before; nothing of it is deleted."""
+    spool = tmp_path / "spool"
+    name = laid(spool, PCM, [])
+    (spool / f"{name}.jsonl").write_bytes(journal)
+
+    async def scene(uri: str, _: Endpoint) -> str:
+        await asyncio.sleep(60)
+        assert (spool / f"{name}.audio").exists()  # there is hope yet
+        await asyncio.sleep(100)
+        assert await is_served(uri)
+        return await page(uri, "/readyz")
+
+    assert "set aside: 1" in with_server(scene, spool_dir=str(spool), grace_seconds=0)
+    kept = {path.name: path.read_bytes() for path in files(spool)}
+    assert kept == {f"failed-{alias(name)}.audio": PCM, f"failed-{alias(name)}.jsonl": journal}
+    about = [record.getMessage() for record in caplog.records if alias(name) in record.getMessage()]
+    assert len(about) == scribe.ATTEMPTS
+    assert sum("set aside" in line for line in about) == 1
+    assert not any(name in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_session_that_fails_is_tried_again_and_harms_nobody(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, sum_up = tmp_path / "spool", scribe.Ending._sum_up
+    left_to_do = failures
+
+    async def failing(ending: scribe.Ending) -> Message:
+        nonlocal left_to_do
+        left_to_do -= 1
+        if left_to_do >= 0:
+            raise RuntimeError("a fault of ours")
+        return await sum_up(ending)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        monkeypatch.setattr(scribe.Ending, "_sum_up", failing)
+        result = await talk(with_options(uri, **RAW_PCM), PCM)
+        assert not result.complete and result.of("error")[-1]["fatal"]
+        await asyncio.sleep(100)
+        assert left_to_do < 0
+        monkeypatch.setattr(scribe.Ending, "_sum_up", sum_up)
+        assert await is_served(uri)
+        return await talk(with_options(uri, session=result.messages[0]["session"]), PCM)
+
+    result = with_server(scene, spool_dir=str(spool), grace_seconds=600)
+    assert result.complete and compare(SPEECH.texts, result.words).words == 0
+
+
+@pytest.mark.parametrize("journal", [None, b""])
+def test_a_removal_that_was_cut_short_is_finished(journal: bytes | None, tmp_path: Path) -> None:
+    """The journal goes before the audio; and a session begins with the audio, which is empty then."""
+    spool, audio = tmp_path / "spool", PCM if journal is None else b""
+    name = laid(spool, audio, [])
+    (spool / f"{name}.jsonl").unlink()
+    if journal is not None:
+        (spool / f"{name}.jsonl").write_bytes(journal)
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        await asyncio.sleep(10)
+
+    with_server(scene, spool_dir=str(spool), grace_seconds=0)
+    assert left(spool) == []
 
 
 async def test_acks_let_a_client_forget(env: dict[str, str], endpoint: Endpoint, spool: Path) -> None:
