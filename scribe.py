@@ -16,14 +16,13 @@ The path of the audio, from here to `main`:
     Desk        which of the requests that sessions want goes out, and when
     Budget      what may be spent
     Spool       audio and journal of each session: what has happened, and survives kill -9
-    Interims    when text is asked for before it is final, and what becomes of it
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Ending      what is left to do when its audio is over
     Server      the handshake, the sweep of the spool, the way down, and `main`
-Behind it, each readable alone: who is let in; sessions that nobody works on; what answers look like, without
-ghosts; Opus with Ogg and WebM; MP3; MP4; what is held until the end; recognising a stream; the bucket;
-offline recognition.
+Behind it, each readable alone: who is let in; sessions that nobody works on; when interim text is asked for;
+what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what is held until the end;
+recognising a stream; the bucket; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -64,7 +63,16 @@ import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -229,6 +237,8 @@ def _wanted(found: Any, valid: Any) -> str:
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
 # cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
+# Reading pauses after some work, however much was fed, so that no stream holds up the others; one that costs
+# far more to read than audio does, or claims far more audio than its bytes can hold, is an error.
 #
 # Reading can also begin in mid-stream, at a `place`: what must be known of all that came before it stands
 # between `origin` and the first frame from there on. So a long stream is read back without its middle.
@@ -236,6 +246,8 @@ def _wanted(found: Any, valid: Any) -> str:
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
+COST_SECONDS, COST_SHARE = 2.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
+SPARSE_SECONDS, SPARSE_BYTES = 600.0, 32  # of audio, from which on a second has bytes; Opus is silent with 60
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
 
@@ -263,11 +275,12 @@ class Format:
     def __init__(self) -> None:
         self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
         self.error: FormatError | None = None  # the stream cannot be read further
+        self.paused = False  # there is more to be read in what was fed
         self.offset, self.buffer = 0, bytearray()  # what is not yet read, and where in the stream it begins
         self.origin, self._heard = 0, -1  # where the recording begins that is being read, and its last frame
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are whole with the next piece of the stream, of any size."""
+        """The frames that are whole with the next piece of the stream, of any size; some, if it `paused`."""
         if self.error:
             return []
         self.buffer += data
@@ -285,12 +298,12 @@ class Format:
 
     def place(self) -> int | None:
         """Where reading may begin again; None where what stands at `origin` is not enough for that."""
-        return self.offset if self._heard >= self.origin else None
+        return self.offset if self._heard >= self.origin and not self.paused else None
 
     def jump(self, offset: int) -> None:
         """Go on at a place, or begin at an origin. What lies before it is not read."""
         self.buffer.clear()
-        self.offset = offset
+        self.offset, self.paused = offset, False
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
@@ -381,11 +394,12 @@ class Stream:
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
         self.offset, self.ended, self._failed = 0, False, False  # bytes that were fed; failure was told
+        self._cost = 0.0  # seconds of CPU
         self._head = b"" if name == "auto" else None  # the stream as long as it does not tell its format
-        self._limit = limit  # bytes of what can only be held
+        self._limit = limit  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are now whole."""
+        """The frames that are now whole; if the format has paused, the next need no more data."""
         self.offset += len(data)
         if self._head is not None and not self.format.error:
             self._head += data
@@ -397,7 +411,22 @@ class Stream:
             if not found:
                 return []
             data, self.format, self._head = self._head, found, None
-        return self.format.feed(data)
+        frames = self.format.feed(data)
+        if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
+            self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
+        return frames
+
+    def weigh(self, cost: float, seconds: float) -> None:
+        """End a stream that is not worth its bytes: add its cost in seconds of CPU; its length so far."""
+        self._cost += cost
+        if self._cost > COST_SECONDS + COST_SHARE * seconds:
+            self._refuse("it costs far more to read than audio does")
+        if seconds > SPARSE_SECONDS + self.offset / SPARSE_BYTES:
+            self._refuse(f"it claims {seconds:.0f} seconds of audio, and holds none")
+
+    def _refuse(self, why: str) -> None:
+        self.format.error = self.format.error or FormatError(f"Byte {self.offset}: {why}. {CONVERT}")
+        self.format.paused = False
 
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
@@ -407,15 +436,17 @@ class Stream:
             self.format.error = FormatError(what)
         return self.format.end()
 
-    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> None:
-        """Be as if all before a mark had been fed; only the beginnings are read. Raises FormatError."""
+    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
+        """Be, step by step, as if all before a mark had been fed: beginnings are read. Raises FormatError."""
         if not mark.place:
             return
         while self.format.origin < mark.origin or self.format.place() is None:
-            data = read(self.offset, max(0, min(mark.place - self.offset, LARGEST_HEAD)))
+            size, paused = max(0, min(mark.place - self.offset, PIECE_BYTES)), self.format.paused
+            data = b"" if paused else read(self.offset, size)
             self.feed(data)
-            if self.format.error or not data:
+            if self.format.error or not (data or paused):
                 raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
+            yield
             if self._head is None and self.offset < mark.origin:
                 self.offset = mark.origin
                 self.format.jump(mark.origin)
@@ -493,7 +524,7 @@ class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        offsets, sizes, ends, levels = columns or (array("Q"), array("I"), array("d"), array("f"))
+        offsets, sizes, ends, levels = columns or (array("Q"), array("Q"), array("d"), array("f"))
         self.columns = (offsets, sizes, ends, levels)
         self.offsets, self.sizes = offsets, sizes  # bytes of the stream
         self.ends, self.levels = ends, levels  # seconds of the session's audio; dBFS
@@ -532,6 +563,29 @@ class Window:
     speech: float  # so much of it is speech
     clean: bool  # it ends in a pause, not in what may be a word
     frames: Frames  # from LOOKBACK_SECONDS before its start, as far as there are any
+
+    @property
+    def bytes(self) -> int:
+        """Of the stream, from its first frame to its last."""
+        frames, first = self.frames, self.frames.index(self.start)
+        return (
+            frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if first < len(frames.ends) else 0
+        )
+
+    def parts(self, most: int) -> Iterator[Window]:
+        """This window in pieces of so many bytes of the stream at most, or of one frame."""
+        rest = self
+        while rest.bytes > most:
+            frames, first = rest.frames, rest.frames.index(rest.start)
+            behind = max(first + 1, bisect_right(frames.offsets, frames.offsets[first] + most) - 1)
+            if behind == len(frames.ends):
+                break
+            cut = frames.ends[behind - 1]
+            front = frames.between(rest.start - LOOKBACK_SECONDS, cut)
+            yield Window(rest.start, cut, rest.first, max(rest.first, cut), cut - rest.start, False, front)
+            back = frames.between(cut - LOOKBACK_SECONDS, rest.end)
+            rest = Window(cut, rest.end, max(cut, rest.first), rest.last, rest.end - cut, rest.clean, back)
+        yield rest
 
     def since(self, start: float) -> Window:
         """The same window, heard from another time on."""
@@ -915,7 +969,7 @@ class Desk:
         self._failures = 0  # in a row
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+    async def final(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that must be answered; `prepare` gives it once there is a slot.
 
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
@@ -926,7 +980,7 @@ class Desk:
             async with self._slot(session, math.inf):
                 asked = self._clock()
                 try:
-                    return await self._ask(prepare())
+                    return await self._ask(await prepare())
                 except EndpointError as error:
                     delay = max(error.wait, _backoff(attempt))
                     left -= self._clock() - asked + delay
@@ -935,10 +989,10 @@ class Desk:
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
-            return await self._ask(prepare())
+            return await self._ask(await prepare())
 
     def spare(self) -> bool:
         """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
@@ -1359,76 +1413,6 @@ class State:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
-#
-# A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
-# the window is, and at a pause that may end the window: then its answer may be the final.
-# ------------------------------------------------------------------------------------------------------------
-
-SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
-INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
-INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
-FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A window on its way to text, and what became of it."""
-
-    window: Window
-    launched: bool = False  # a task has it
-    posted: bool = False  # the endpoint has it: nothing can be added to it
-    prompt: str = ""  # that it was posted with
-    outcome: Hypothesis | EndpointError | None = None
-
-
-class Interims:
-    """The requests for interim text of one session; one is in flight at most."""
-
-    def __init__(self, seconds: float) -> None:
-        self.asking = False  # one is in flight
-        self.paused = False  # the client was told that there are none for now
-        self._seconds = seconds  # INTERIM_SECONDS
-        self._asked = 0.0  # the end of the last one, seconds of audio
-        self._latest: Pending | None = None  # the last one of the open window
-        self._shown: Pending | None = None  # the last one whose text was taken
-
-    def fresh(self, segmenter: Segmenter) -> float:
-        """Seconds of the open window that no request has heard."""
-        return segmenter.now - max(self._asked, segmenter.first)
-
-    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
-        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
-        length = segmenter.now - max(segmenter.start, resume)
-        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
-        much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
-        unheard = segmenter.open and segmenter.last > self._asked
-        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
-
-    def ask(self, window: Window) -> Pending:
-        """Begin a request."""
-        self._asked, self.asking, self.paused = window.end, True, False
-        self._latest = Pending(window, launched=True)
-        return self._latest
-
-    def answer(self) -> tuple[Hypothesis, Window] | None:
-        """What the last request has brought, once."""
-        latest = self._latest
-        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
-            return None
-        self._shown = latest
-        return latest.outcome, latest.window
-
-    def turn(self, window: Window) -> Pending | None:
-        """The last request as that of a window that ends, if it has heard all speech of it."""
-        latest, self._latest = self._latest, None
-        if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
-            return None
-        latest.window = window.since(latest.window.start)
-        return latest
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Client: what one connection is told, by one writer.
 #
 # What the journal has for a client is read from there when the connection takes it, so nothing piles up for
@@ -1436,15 +1420,9 @@ class Interims:
 # few, and the newest interim, which is behind all else.
 # ------------------------------------------------------------------------------------------------------------
 
-NOTICES = 250  # that wait for a client, all of a damaged stream among them; with more it is cut off
+ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
 SEND_SECONDS = 20.0  # for a client to take a message
-CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = (
-    1000,
-    1003,
-    1008,
-    1011,
-    1012,
-)  # RFC 6455
+CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012
 
 
 def status_message(status: str, message: str, **more: Any) -> Message:
@@ -1464,6 +1442,7 @@ class Client:
         self.done = asyncio.Event()  # nothing more will be sent
         self.answered = 0  # the code of the close that it answered: it has all that was sent
         self.notices: deque[Message] = deque()
+        self._errors = 0
         self._connection, self._wake = connection, asyncio.Event()
         self._recording: Recording | None = None
         self._place = 0  # in its journal: what is before it was sent
@@ -1477,10 +1456,14 @@ class Client:
 
     def say(self, notice: Message) -> None:
         """Send what is not in the journal."""
-        self.notices.append(notice)
-        self._wake.set()
-        if len(self.notices) > NOTICES:
-            self._connection.transport.abort()
+        self._errors += notice["type"] == "error"
+        if self._errors < ERRORS:
+            self.notices.append(notice)
+            self._wake.set()
+            return
+        text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
+        self.notices.clear()
+        self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
 
     def show(self, interim: Message | None = None) -> None:
         """Send an interim; without one, what is new in the journal: an interim that waits is older."""
@@ -1545,7 +1528,7 @@ class Client:
 # ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
-TURN_SECONDS, PIECE_BYTES = 0.01, 1 << 14  # that a session listens at a time; between two looks at the clock
+TURN_SECONDS, PIECE_BYTES = 0.01, 1 << 14  # that a session listens at a time; that it reads at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
@@ -1554,8 +1537,20 @@ LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one 
 FLIGHTS = 4  # requests of one session at once
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
 FORM_BYTES = 1 << 13  # of a request beside the file
+WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
 MARK_SECONDS = 60.0  # of audio between two marks
 ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A window on its way to text, and what became of it."""
+
+    window: Window
+    launched: bool = False  # a task has it
+    posted: bool = False  # the endpoint has it: nothing can be added to it
+    prompt: str = ""  # that it was posted with
+    outcome: Hypothesis | EndpointError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1567,7 +1562,7 @@ class Services:
     spool: Spool
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
-    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one listens
+    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one goes on
 
 
 class Session:
@@ -1619,10 +1614,14 @@ class Session:
         except (KeyError, TypeError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
 
+    @property
+    def _room(self) -> int:
+        """For the file in a request, in bytes."""
+        return self.services.settings.upload_bytes - FORM_BYTES
+
     def listen_anew(self) -> Stream:
         """The stream, of which nothing is heard yet."""
-        most = self.services.settings.upload_bytes - FORM_BYTES
-        return Stream(self.options.format, self.options.rate, self.options.channels, most)
+        return Stream(self.options.format, self.options.rate, self.options.channels, self._room)
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
@@ -1733,7 +1732,8 @@ class Session:
         try:
             async for event, place in self.recording.history():
                 self.state.apply(event, place)
-            self.stream.go_on(self.state.marks[0], self.recording.read)
+            for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
+                await asyncio.sleep(0)
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
@@ -1767,19 +1767,16 @@ class Session:
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
-        unheard = self.recording.size - self.stream.offset or self._flushes
+        unheard = self.recording.size - self.stream.offset or self._flushes or self.stream.format.paused
         return bool(unheard) or self.state.over > self.stream.ended
 
     async def _listen(self) -> None:
-        """Hear what the spool has more. Of the sessions that are far behind one at a time does."""
-        if self.recording.size - self.stream.offset <= INBOX_BYTES:
-            self._hear()
-        else:
-            async with self.services.listening:
-                self._hear()
-                await asyncio.sleep(0)
+        """Hear what the spool has more. Of those for whom a turn is too short one at a time goes on."""
+        self._hear()
         if self._behind():
             self._wake.set()
+            async with self.services.listening:
+                await asyncio.sleep(0)
             return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
@@ -1788,12 +1785,14 @@ class Session:
             self._queue(self.segmenter.flush())
 
     def _hear(self) -> None:
-        stream, until = self.stream, self._clock() + TURN_SECONDS
+        stream, until, begun = self.stream, self._clock() + TURN_SECONDS, time.thread_time()
         while self._behind() and self._clock() < until:
             stop = self._flushes[0] if self._flushes else self.recording.size
-            if stream.offset < stop:
+            if stream.offset < stop or stream.format.paused:
                 size = min(PIECE_BYTES, stop - stream.offset)
-                frames = stream.feed(self.recording.read(stream.offset, size))
+                frames = stream.feed(
+                    b"" if stream.format.paused else self.recording.read(stream.offset, size)
+                )
                 self.segmenter.limit = self._within(LIMIT_SECONDS)
                 self._queue(self.segmenter.feed(frames))
                 self._mark()
@@ -1802,6 +1801,7 @@ class Session:
                 self._queue(self.segmenter.flush())
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
+        stream.weigh(time.thread_time() - begun, self.segmenter.now)
         for code, text in stream.complaints():
             self._say(error_message(code, text, fatal=code == "format"))
         if stream.format.error:
@@ -1819,8 +1819,8 @@ class Session:
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
-        rate, most = self.stream.format.posted_rate, self.services.settings.upload_bytes - FORM_BYTES
-        return min(seconds, max(MIN_POST_SECONDS, most / rate - LOOKBACK_SECONDS)) if rate else seconds
+        rate = self.stream.format.posted_rate
+        return min(seconds, self._room / rate - LOOKBACK_SECONDS) if rate else seconds
 
     def _acknowledge(self) -> None:
         now, size = self.segmenter.now, self.recording.size
@@ -1833,14 +1833,15 @@ class Session:
 
     def _queue(self, windows: Sequence[Window]) -> None:
         """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
-        for window in windows if self.state.summary is None else ():
+        most = min(WINDOW_BYTES, self._room // 2)
+        for window in (part for whole in windows for part in whole.parts(most)):
             interim = self._interims.turn(window)
             last = self._pending[-1] if self._pending else None
             near = last and window.start - last.window.end <= MERGE_GAP_SECONDS
             fits = last and window.end - last.window.start <= self._within(MERGE_SECONDS)
-            if last and near and fits and not last.posted:
+            if last and near and fits and not last.posted and last.window.bytes + window.bytes <= most:
                 last.window = last.window.joined(window)
-            else:
+            elif self.state.summary is None:
                 self._pending.append(interim if interim and not last else Pending(window))
 
     def _launch(self) -> None:
@@ -1867,18 +1868,25 @@ class Session:
             pending.outcome = error
         self._wake.set()
 
-    def _post(self, pending: Pending, prompted: bool = True) -> Post:
-        """A window as it is posted, which costs money from here on. Its frames are read from the spool."""
+    async def _post(self, pending: Pending, prompted: bool = True) -> Post:
+        """A window as it is posted, which costs money from here on. Its frames are read from the spool.
+
+        They become a file in a thread, for to convert floats takes a while. EndpointError: it is too large.
+        """
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
         window, form = pending.window, self.stream.format
         frames = window.frames.between(window.start - form.lead, window.end)
+        pending.posted, pending.prompt, content = True, "", b""
         begin, end = frames.offsets[0], frames.offsets[-1] + frames.sizes[-1]
-        audio = self.recording.read(begin, end - begin)
-        places = zip(frames.offsets, frames.sizes, strict=True)
-        pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-        file = (f"audio.{form.extension}", form.file(pieces, frames.index(window.start)), form.media_type)
-        pending.posted, pending.prompt = True, ""
+        if end - begin <= self._room:
+            audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
+            places = zip(frames.offsets, frames.sizes, strict=True)
+            pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
+            content = await asyncio.to_thread(form.file, pieces, lead)
+        if not 0 < len(content) <= self._room:
+            raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
+        file = (f"audio.{form.extension}", content, form.media_type)
         if prompted:
             room = max(0, PROMPT_CHARACTERS - len(self.options.prompt) - 1)
             carried = self.state.transcript.prompt(window.start)
@@ -2052,10 +2060,12 @@ class Ending:
         for gap in gaps:
             if now < gap.mark.seconds:
                 stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
-                stream.go_on(gap.mark, session.recording.read)
+                for _ in stream.go_on(gap.mark, session.recording.read):
+                    await asyncio.sleep(0)
             while now < gap.end and not stream.ended:
-                data = session.recording.read(stream.offset, PIECE_BYTES)
-                for frame in stream.feed(data) if data else stream.end():
+                paused = stream.format.paused
+                data = b"" if paused else session.recording.read(stream.offset, PIECE_BYTES)
+                for frame in stream.feed(data) if data or paused else stream.end():
                     now += frame.seconds
                     frames.append(frame, now)
                 frames.forget(gap.start - LOOKBACK_SECONDS)
@@ -2296,9 +2306,7 @@ def main() -> int:
 
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
-SPARE_DESCRIPTORS = (
-    160  # for what is no session: 100 connections that come at once, the bucket, the interpreter
-)
+SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, LEAST_ROOM = 8, 8  # one in so many descriptors is for handshakes; sessions at least
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
@@ -2493,6 +2501,65 @@ class Sweep:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
+#
+# A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
+# the window is, and at a pause that may end the window: then its answer may be the final.
+# ------------------------------------------------------------------------------------------------------------
+
+SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
+INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
+INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
+FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
+
+
+class Interims:
+    """The requests for interim text of one session; one is in flight at most."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asking = False  # one is in flight
+        self.paused = False  # the client was told that there are none for now
+        self._seconds = seconds  # INTERIM_SECONDS
+        self._asked = 0.0  # the end of the last one, seconds of audio
+        self._latest: Pending | None = None  # the last one of the open window
+        self._shown: Pending | None = None  # the last one whose text was taken
+
+    def fresh(self, segmenter: Segmenter) -> float:
+        """Seconds of the open window that no request has heard."""
+        return segmenter.now - max(self._asked, segmenter.first)
+
+    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
+        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
+        length = segmenter.now - max(segmenter.start, resume)
+        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
+        much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
+        unheard = segmenter.open and segmenter.last > self._asked
+        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
+
+    def ask(self, window: Window) -> Pending:
+        """Begin a request."""
+        self._asked, self.asking, self.paused = window.end, True, False
+        self._latest = Pending(window, launched=True)
+        return self._latest
+
+    def answer(self) -> tuple[Hypothesis, Window] | None:
+        """What the last request has brought, once."""
+        latest = self._latest
+        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
+            return None
+        self._shown = latest
+        return latest.outcome, latest.window
+
+    def turn(self, window: Window) -> Pending | None:
+        """The last request as that of a window that ends, if it has heard all speech of it."""
+        latest, self._latest = self._latest, None
+        if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
+            return None
+        latest.window = window.since(latest.window.start)
+        return latest
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Answers: what an endpoint says of a window, as words, without what nobody said; or why there are none.
 #
 # Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
@@ -2654,13 +2721,14 @@ def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
 # limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
-# knows, with a warning; a format without marks ends there.
+# knows, with a warning; a format without marks ends there. The generator yields whether it has only paused.
 
-MOST_WARNINGS = 100  # of one stream; more would only repeat them
-LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
+MOST_WARNINGS = 50  # of one stream; more would only repeat them
+PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
+LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
 
-Steps = Generator[None, None, None]
+Steps = Generator[bool, None, None]
 
 
 class Damage(FormatError):
@@ -2676,14 +2744,16 @@ class Parser(Format):
     def __init__(self, *declared: Any) -> None:
         super().__init__(*declared)
         self.found: list[Frame] = []
-        self._element = self._warned = 0  # where the element begins that is being read; how many warnings
+        self._element = self._warned = self._worked = (
+            0  # where what is being read begins; warnings; work done
+        )
         self._steps = self._run()
 
     def parse(self) -> list[Frame]:
         try:
-            next(self._steps)
+            self.paused = next(self._steps)
         except FormatError as error:
-            self.error = error
+            self.error, self.paused = error, False
             self.buffer.clear()
         frames, self.found = self.found, []
         return frames
@@ -2713,24 +2783,31 @@ class Parser(Format):
     def _run(self) -> Steps:
         while True:
             self._element = self.offset
+            yield from self.pause()
             try:
                 yield from self.step()
             except Damage as damage:
                 if self.mark is None:
                     raise FormatError(f"Byte {self._element}: {damage}. {CONVERT}") from None
                 while not self.sync(self.mark):
-                    yield
+                    yield False
                 if self.offset > self._element:
                     self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
+
+    def pause(self) -> Steps:
+        """Pause if enough was done for a while."""
+        self._worked += 1
+        if self._worked % PAUSE == 0:
+            yield True
 
     def need(self, size: int) -> Steps:
         """Wait until the buffer holds so many bytes."""
         if size > LARGEST_TAKE:
             raise Damage(f"{size} bytes are claimed for one element")
         while len(self.buffer) < size:
-            yield
+            yield False
 
-    def take(self, size: int) -> Generator[None, None, bytes]:
+    def take(self, size: int) -> Generator[bool, None, bytes]:
         yield from self.need(size)
         return self.drop(size)
 
@@ -2740,7 +2817,7 @@ class Parser(Format):
             raise Damage(f"{size} bytes are claimed for one element")
         while size > len(self.buffer):
             size -= len(self.drop(len(self.buffer)))
-            yield
+            yield False
         self.drop(size)
 
     def warn(self, text: str) -> None:
@@ -2791,7 +2868,7 @@ class Encoding(NamedTuple):
             return memoryview(data).cast("h")[::n]
         if self.tag == 3:
             floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
-            clipped = [round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats]
+            clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
             return memoryview(array("h", clipped))
         low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
         if self.codes:
@@ -2852,7 +2929,7 @@ class Wav(Parser, Pcm):
                 raise FormatError(f"Byte {self.offset}: a second WAV begins; a session transcribes only one.")
             while WAV_CHUNK.fullmatch(behind):  # no more samples
                 self.drop(len(self.buffer))
-                yield
+                yield False
             self._end = ENDLESS  # the writer never came back to correct the size
 
     def _header(self) -> Steps:
@@ -2902,6 +2979,7 @@ class Wav(Parser, Pcm):
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
 LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
+LARGEST_OPUS_HEAD = 276  # bytes: 21, and one for each of 255 channels (RFC 7845, 5.1)
 # Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
 OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -3025,7 +3103,7 @@ class Opus(Parser):
 
     def begin(self, head: bytes) -> None:
         """Take an OpusHead: a recording begins."""
-        if not head.startswith(b"OpusHead") or len(head) < 19:
+        if not head.startswith(b"OpusHead") or not 19 <= len(head) <= LARGEST_OPUS_HEAD:
             raise Damage("a broken OpusHead")
         self.head, self.energies = head, Opus.energies
 
@@ -3131,6 +3209,7 @@ class OggOpus(Opus):
             self.part += page[body : body + lace]
             body += lace
             if lace < 255:
+                yield from self.pause()
                 if self.part.startswith(b"OpusHead"):
                     self.begin(self.part)
                 elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
@@ -3171,7 +3250,7 @@ class WebM(Opus):
     entry: Mapping[bytes, bytes] = {}  # of the track that is being described
     entry_end = 0  # offset behind it
 
-    def _number(self, longest: int) -> Generator[None, None, bytes]:
+    def _number(self, longest: int) -> Generator[bool, None, bytes]:
         """A number of variable length, still with the bit that marks its length."""
         yield from self.need(1)
         length = 9 - self.buffer[0].bit_length()
@@ -3338,7 +3417,8 @@ class MP3(Parser):
 # the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
 # them is found by its kind: no number that stands there is as large as four letters.
 
-LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
+SHORTEST_FRAGMENT, LONGEST_FRAGMENT = 0.001, 600.0  # seconds; others are taken for damage
+LARGEST_MOOF = 1 << 16  # bytes; of each sample there are 4 to 16
 MP4_CLOCK, MP4_USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
 
 
@@ -3368,6 +3448,8 @@ class FragmentedMP4(Parser):
                 content = yield from self.take(size - 8)
                 self._describe(struct.pack(">I4s", size, kind) + content)
             elif kind == b"moof":
+                if size > LARGEST_MOOF:
+                    raise Damage("a fragment of too many samples")
                 begin, seconds = offset, self._duration((yield from self.take(size - 8)))
             else:
                 yield from self.skip(size - 8)
@@ -3397,7 +3479,7 @@ class FragmentedMP4(Parser):
                 each = sorted(mp4_integer(trun, at) for at in range(first, len(trun), stride)[:count])
                 usual = each[len(each) // 2] if each else 0
             ticks += count * usual
-        if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
+        if not SHORTEST_FRAGMENT * self.clock <= ticks <= LONGEST_FRAGMENT * self.clock or not ticks:
             raise Damage("a fragment of absurd duration")
         return ticks / self.clock
 
@@ -3442,7 +3524,7 @@ class Held(Parser):
         self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
         if self.offset + len(self.buffer) > self.limit:
             raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
-        yield
+        yield False
 
     def end(self) -> list[Frame]:
         size = self.offset + len(self.buffer)

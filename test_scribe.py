@@ -1278,13 +1278,21 @@ def pcm16(data: bytes, encoding: Encoding) -> NDArray[np.int64]:
 
 
 def stream_of(name: str, rate: int = 0, channels: int = 0) -> scribe.Stream:
-    return scribe.Stream(name, rate, channels, 1 << 20)
+    return scribe.Stream(name, rate, channels, 1 << 24)
 
 
 def frames_of(stream: scribe.Stream, data: bytes, cuts: Iterable[int]) -> list[scribe.Frame]:
     places = [0, *sorted(cuts), len(data)]
-    frames = [frame for a, b in itertools.pairwise(places) for frame in stream.feed(data[a:b])]
+    frames = [frame for a, b in itertools.pairwise(places) for frame in fed(stream, data[a:b])]
     return frames + stream.end()
+
+
+def fed(stream: scribe.Stream | scribe.Format, data: bytes) -> list[scribe.Frame]:
+    """All frames that are whole with some more data, however often the reading pauses."""
+    frames = stream.feed(data)
+    while (stream.format if isinstance(stream, scribe.Stream) else stream).paused:
+        frames += stream.feed(b"")
+    return frames
 
 
 @st.composite
@@ -1356,7 +1364,7 @@ def test_a_level_is_the_loudness_whichever_channel_speaks(
     hiss[rate // 2 :, loud_channel] = np.random.default_rng(1).normal(0, 0.2, rate // 2)
     file = wav(hiss.ravel(), rate, encoding)
     file = file[:22] + struct.pack("<HI", 4, rate) + file[28:]
-    levels = np.array([frame.level for frame in stream_of("auto").feed(file)])
+    levels = np.array([frame.level for frame in fed(stream_of("auto"), file)])
     assert levels[2:24].max() < -70
     mean = 10 * np.log10(np.mean(10 ** (levels[26:49] / 10)))
     assert mean == pytest.approx(20 * math.log10(0.2) - 6, abs=1)  # in one of four channels
@@ -2272,6 +2280,25 @@ def test_the_frames_in_front_of_damage_are_transcribed() -> None:
     assert result.codes == [1003]
 
 
+def test_a_client_that_makes_a_hundred_errors_is_closed_and_may_come_back() -> None:
+    async def scene(uri: str, _: Endpoint) -> Result:
+        async with connect(with_options(uri, **RAW_PCM), proxy=None) as connection:
+            session = json.loads(await connection.recv())["session"]
+            await connection.send(PCM)
+            for _ in range(5000):
+                await connection.send("x")
+            told = []
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    told.append(json.loads(await connection.recv()))
+        assert told[-1]["fatal"] and connection.close_code == 1008
+        assert len([error for error in told if error.get("code") == "unknown_message"]) < 100
+        return await talk(with_options(uri, session=session), PCM)
+
+    result = with_server(scene)
+    assert result.complete and compare(SPEECH.texts, result.words).words == 0
+
+
 def test_odd_messages_are_answered_and_harm_nothing() -> None:
     audio = wav(TALK.samples, TALK.rate)
 
@@ -2738,7 +2765,7 @@ def parse(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> tuple[scribe.Format
     stream, frames, at, turn = scribe.Stream("auto", 0, 0, LIMIT), [], 0, 0
     while at < len(data):
         size = sizes[turn % len(sizes)]
-        frames += stream.feed(data[at : at + size])
+        frames += fed(stream, data[at : at + size])
         at, turn = at + size, turn + 1
     return stream.format, frames + stream.end()
 
@@ -2978,7 +3005,7 @@ def marks_of(
     """All frames of a stream that comes in pieces, and a mark behind each piece that allows of one."""
     frames, marks, at = [], [], 0
     for size in sizes:
-        frames += stream.feed(data[at : at + size])
+        frames += fed(stream, data[at : at + size])
         at += size
         if (place := stream.format.place()) is not None:
             marks.append(Mark(stream.format.origin, place, len(frames), len(stream.format.warnings)))
@@ -3003,8 +3030,9 @@ def begun_at(mark: Mark, case: str, read: Callable[[int, int], bytes]) -> scribe
     """A stream that goes on. Its beginnings are read in pieces that are much smaller than itself."""
     stream = stream_for(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scribe, "LARGEST_HEAD", 1024)
-        stream.go_on(scribe.Mark(0.0, mark.origin, mark.place), read)
+        patch.setattr(scribe, "PIECE_BYTES", 1024)
+        for _ in stream.go_on(scribe.Mark(0.0, mark.origin, mark.place), read):
+            pass
     return stream
 
 
@@ -3105,10 +3133,155 @@ def test_absurd_sizes_never_grow_the_buffer(kind: type[scribe.Format], begin: by
     parser = kind()
     parser.feed(begin)
     for _ in range(300):
-        parser.feed(b"\x01" * 65536)
+        fed(parser, b"\x01" * 65536)
         assert len(parser.buffer) <= scribe.LARGEST_TAKE + 65536
     parser.end()
     assert parser.error or parser.warnings
+
+
+OPUS_HEAD = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"
+NOISE = random.Random(1).randbytes(1 << 12)
+WEBM_HEAD = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\x01" + b"\xff" * 7
+WEBM_TRACK = WEBM_HEAD + b"\x16\x54\xae\x6b\xb0\xae\xa0\xd7\x81\x01\x86\x86A_OPUS\xa3\x80"
+CRAFTED = {  # streams that cost far more than they look
+    "packets of one byte": lambda: ogg([bytes([0b00011000])] * 60_000, OPUS_HEAD, 1),
+    "packets of 6 stereo frames": lambda: ogg([bytes([0b11111111, 6]) + NOISE[:18]] * 8_000, OPUS_HEAD, 1),
+    "packets of 6 large stereo frames": lambda: ogg(
+        [bytes([0b11111111, 6]) + NOISE[:252]] * 1_000, OPUS_HEAD, 1
+    ),
+    "bad pages": lambda: ogg([bytes(20)], OPUS_HEAD, 1) + (b"OggS" + b"\xff" * 24) * 10_000,
+    "bad pages behind a long one": lambda: ogg([bytes(20)], OPUS_HEAD, 1) + (b"OggS" + bytes(23)) * 10_000,
+    "elements of two bytes": lambda: WEBM_TRACK + b"\xec\x80" * 100_000,
+    "empty clusters": lambda: WEBM_TRACK + b"\x1f\x43\xb6\x75\x80" * 50_000,
+    "the smallest frames of MP3": lambda: (b"\xff\xf3\x14\xc0" + bytes(20)) * 10_000,
+}
+
+
+@pytest.mark.parametrize("case", [*CUT_FORMATS, *CRAFTED])
+def test_reading_pauses_however_much_comes_at_once(case: str) -> None:
+    """So that no stream keeps the loop for long: no call does more than some work, and none of it is lost."""
+    data = ({**CUT_FORMATS, **CRAFTED})[case]()
+    at_once, in_pieces = scribe.Stream("auto", 0, 0, LIMIT), scribe.Stream("auto", 0, 0, LIMIT)
+    batches = [at_once.feed(data)]
+    while at_once.format.paused:
+        assert at_once.format.place() is None  # in the middle of something, perhaps
+        batches.append(at_once.feed(b""))
+    assert max(map(len, batches)) <= scribe.PAUSE
+    assert [frame for batch in batches for frame in batch] == frames_of(
+        in_pieces, data, range(0, len(data), 4000)
+    )
+    assert case not in CRAFTED or len(batches) > 100
+
+
+@pytest.mark.parametrize("case", ["bad pages", "elements of two bytes"])
+def test_a_stream_that_costs_more_than_it_plays_is_an_error(case: str) -> None:
+    """And those that are dear by nature are not."""
+    data = CRAFTED[case]()
+
+    def weighed(stream: scribe.Stream, data: bytes) -> scribe.FormatError | None:
+        seconds = 0.0
+        for at in range(0, len(data), 4000):
+            begun = time.thread_time()
+            seconds += duration(fed(stream, data[at : at + 4000]))
+            stream.weigh(20 * (time.thread_time() - begun), seconds)  # as if the machine were slow
+        return stream.format.error
+
+    assert "costs" in str(weighed(scribe.Stream("auto", 0, 0, LIMIT), data * 10))
+    for make in CUT_FORMATS.values():
+        assert not weighed(scribe.Stream("auto", 0, 0, LIMIT), make())
+
+
+def test_a_stream_that_claims_more_than_its_bytes_can_hold_is_an_error() -> None:
+    sparse = ogg([bytes([0b00011011, 2])] * 60_000, OPUS_HEAD, 1)  # 120 ms of silence in three bytes
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, sparse)
+
+    result = with_server(scene)
+    assert result.codes == [1003] and "claims" in result.of("error")[-1]["message"]
+    assert result.complete and result.complete["duration"] < 60_000 * 0.12
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 400), st.floats(0.001, 2), st.integers(0, 50)), min_size=1, max_size=60
+    ),
+    st.integers(100, 2000),
+)
+def test_parts_of_a_window_hold_each_frame_once_and_fit(
+    frames: list[tuple[int, float, int]], most: int
+) -> None:
+    columns, offset, end = scribe.Frames(), 0, 0.0
+    for size, seconds, between in frames:
+        end += seconds
+        columns.append(scribe.Frame(offset + between, size, seconds), end)
+        offset += between + size
+    window = scribe.Window(0.0, end, 0.0, end, end, True, columns)
+    parts = list(window.parts(most))
+    assert (parts[0].start, parts[-1].end) == (0.0, end)
+    assert all(before.end == behind.start for before, behind in pairwise(parts))
+    own = [part.frames.between(part.start, part.end) for part in parts]
+    assert [offset for part in own for offset in part.offsets] == list(columns.offsets)
+    assert all(
+        part.bytes <= most or len(frames.offsets) == 1 for part, frames in zip(parts, own, strict=True)
+    )
+    assert [part.clean for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def mp4_box(kind: bytes, *content: bytes) -> bytes:
+    body = b"".join(content)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def mp4_bomb(sizes: Iterable[int], ticks: int = 5) -> bytes:
+    """Fragments of so many bytes that claim some ms each."""
+    clock = mp4_box(b"trak", mp4_box(b"mdia", mp4_box(b"mdhd", bytes(12), struct.pack(">I", 1000), bytes(8))))
+    usual = mp4_box(b"mvex", mp4_box(b"trex", bytes(8), struct.pack(">IIII", 1, ticks, 0, 0)))
+    one = struct.pack(">xxxxI", 1)
+    moof = mp4_box(b"moof", mp4_box(b"traf", mp4_box(b"tfhd", one), mp4_box(b"trun", one)))
+    fragments = [moof + mp4_box(b"mdat", bytes(size - 8 - len(moof))) for size in sizes]
+    return b"".join([mp4_box(b"ftyp", b"iso5\0\0\0\0iso5"), mp4_box(b"moov", clock, usual), *fragments])
+
+
+def test_no_request_is_larger_than_upload_bytes_whatever_the_stream_claims() -> None:
+    """What is too large by itself becomes a gap that says so; the rest is posted."""
+    posted: list[int] = []
+
+    async def hear(post: scribe.Post) -> dict[str, Any]:
+        posted.append(len(post.file[1]))
+        return {"text": "heard"}
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, mp4_bomb([200_000] * 20 + [3_000_000] + [200_000] * 20), patience=60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scribe.Whisper, "ask", lambda _, post: hear(post))
+        result = with_server(scene, upload_bytes=1 << 20)
+    assert result.complete and len(result.complete["gaps"]) == 1
+    assert all("UPLOAD_BYTES" in error["message"] for error in result.of("error"))
+    assert max(posted) <= 1 << 20 and sum(posted) > 40 * 200_000
+    assert result.complete["usage"]["requests"] == len(posted)
+
+
+def test_pcm_of_which_nothing_fits_into_a_request_is_an_error() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        for audio in (wav(np.zeros(96_000, np.float32), 48_000), bytes(96_000)):
+            options = {} if audio.startswith(b"RIFF") else {"format": "pcm_s16le", "rate": 48_000}
+            result = await talk(with_options(uri, **options), audio)
+            assert result.codes == [1003] and "UPLOAD_BYTES" in result.of("error")[-1]["message"]
+        assert await is_served(uri)
+
+    with_server(scene, upload_bytes=1 << 16)
+
+
+def test_an_opus_head_of_absurd_size_harms_nothing() -> None:
+    head = OPUS_HEAD[:-1] + b"\1" + bytes(70_000)
+    data = ogg([head] + [b"\x18" + b"\1\x55" * 20] * 100, OPUS_HEAD, 1)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, data)
+
+    assert with_server(scene).complete
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -3139,7 +3312,7 @@ def survives(original: bytes, data: bytes, rng: random.Random) -> None:
         scribe.recognise(data[: scribe.LARGEST_HEAD], LIMIT)
     chunk, begin, frames = rng.choice([333, 4096, 1 << 20]), time.process_time(), []
     for at in range(0, len(data), chunk):
-        frames += parser.feed(data[at : at + chunk])
+        frames += fed(parser, data[at : at + chunk])
         assert len(parser.buffer) <= scribe.LARGEST_TAKE + chunk
     frames += parser.end()
     assert time.process_time() - begin < 2, "a hang"
@@ -3170,8 +3343,8 @@ def test_broken_streams_never_raise(monkeypatch: pytest.MonkeyPatch, count: int,
 def test_arbitrary_bytes_never_raise(data: bytes, rest: bytes) -> None:
     for kind in (scribe.WebM, scribe.OggOpus, scribe.MP3, scribe.FragmentedMP4):
         parser = kind()
-        parser.feed(data)
-        parser.feed(rest)
+        fed(parser, data)
+        fed(parser, rest)
         parser.end()
 
 
