@@ -1534,7 +1534,7 @@ FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones d
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
 IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
-FLIGHTS = 4  # requests of one session at once
+FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
 FORM_BYTES = 1 << 13  # of a request beside the file
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
@@ -1655,6 +1655,7 @@ class Session:
         self._inbox_bytes += len(message) + INBOX_EACH
         if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
             self._wake.set()
+            await asyncio.sleep(0)  # else who sends many would have a turn for all of them
         if self._inbox_bytes >= INBOX_LIMIT:
             self._taken.clear()
             await self._taken.wait()
@@ -1773,6 +1774,8 @@ class Session:
     async def _listen(self) -> None:
         """Hear what the spool has more. Of those for whom a turn is too short one at a time goes on."""
         self._hear()
+        if len(self._pending) >= WAITING:
+            return
         if self._behind():
             self._wake.set()
             async with self.services.listening:
@@ -1786,7 +1789,7 @@ class Session:
 
     def _hear(self) -> None:
         stream, until, begun = self.stream, self._clock() + TURN_SECONDS, time.thread_time()
-        while self._behind() and self._clock() < until:
+        while self._behind() and self._clock() < until and len(self._pending) < WAITING:
             stop = self._flushes[0] if self._flushes else self.recording.size
             if stream.offset < stop or stream.format.paused:
                 size = min(PIECE_BYTES, stop - stream.offset)
@@ -2308,6 +2311,10 @@ LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, LEAST_ROOM = 8, 8  # one in so many descriptors is for handshakes; sessions at least
+TAKEN_BYTES, TAKEN_SECONDS = (
+    1 << 13,
+    0.01,
+)  # at a time, which may be a thousand frames; until it is tried again
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
@@ -2343,17 +2350,51 @@ class Connection(ServerConnection):
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
+        self._untaken = bytearray()  # what came and is not read yet
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._door.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._untaken.clear()
         super().connection_lost(exc)
         self._door.leave(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; answers to pings are not held back by websockets, however many are unread."""
+        """Take bytes, a few in a turn of the loop: there may be thousands of frames in them."""
+        if not self._untaken and len(data) <= TAKEN_BYTES:
+            self._take(data)
+            return
+        if not self._untaken:
+            self.loop.call_soon(self._take_more)
+        self._untaken += data
+        self.transport.pause_reading()
+
+    def eof_received(self) -> None:
+        while self._untaken:
+            self._take_some()
+        super().eof_received()
+
+    def _take_more(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.recv_messages.paused:  # the session is behind
+            self.loop.call_later(TAKEN_SECONDS, self._take_more)
+            return
+        self._take_some()
+        if self._untaken:
+            self.loop.call_soon(self._take_more)
+        elif not self.recv_messages.paused:
+            self.transport.resume_reading()
+
+    def _take_some(self) -> None:
+        data = bytes(self._untaken[:TAKEN_BYTES])
+        del self._untaken[:TAKEN_BYTES]
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Answers to pings are not held back by websockets, however many are unread."""
         before = self.transport.get_write_buffer_size()
         super().data_received(data)
         unread = self.transport.get_write_buffer_size()
@@ -2480,10 +2521,11 @@ class Sweep:
                 session.recording.touch()
             left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
             for name in left | self._later.keys():
-                alone = sum(session.client is None for session in self._sessions.values())
-                due = self._later.get(name, (0, 0.0))[1] <= self._clock()
-                if alone < SWEPT and due and name not in self._sessions:
-                    await self._take_up(name, name in left)
+                if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
+                    continue
+                if sum(session.client is None for session in self._sessions.values()) >= SWEPT:
+                    break
+                await self._take_up(name, name in left)
             await asyncio.sleep(min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST))
 
     async def _take_up(self, name: str, left: bool) -> None:

@@ -1677,6 +1677,11 @@ def posting(name: str, seconds: float = 2.0) -> scribe.Post:
     return scribe.Post(("audio.wav", b"", "audio/wav"), seconds, scribe.Options(), name)
 
 
+async def ready(name: str) -> scribe.Post:
+    """As a session prepares it."""
+    return posting(name)
+
+
 def desk_of(ear: Ear, **options: Any) -> scribe.Desk:
     return scribe.Desk(cast(Any, ear), scribe.Settings(openai_api_key="test", **options))
 
@@ -1695,11 +1700,11 @@ def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
         flood, quiet = object(), object()
         async with asyncio.TaskGroup() as group:
             for n in range(20):
-                group.create_task(desk.final(flood, lambda n=n: posting(f"flood {n}")))  # type: ignore[misc]
+                group.create_task(desk.final(flood, lambda n=n: ready(f"flood {n}")))  # type: ignore[misc]
             await asyncio.sleep(0.1)
             began = now()
             for n in range(3):
-                await desk.final(quiet, lambda n=n: posting(f"quiet {n}"))  # type: ignore[misc]
+                await desk.final(quiet, lambda n=n: ready(f"quiet {n}"))  # type: ignore[misc]
             assert now() - began < 3 * 2.1, "waits for no more than the request in front of it"
         assert ear.peak == 2
         order = [name for _, name in ear.asked if name.startswith("flood")]
@@ -1714,12 +1719,12 @@ def test_an_interim_takes_only_what_no_final_wants() -> None:
         desk, session = desk_of(ear, concurrency=1), object()
         assert desk.spare()
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(session, lambda: posting("final")))
+            group.create_task(desk.final(session, lambda: ready("final")))
             await asyncio.sleep(0.1)
             assert not desk.spare()
             with pytest.raises(scribe.EndpointError):
-                await desk.interim(session, lambda: posting("interim"))
-        assert await desk.interim(session, lambda: posting("interim")) == {"text": "interim"}
+                await desk.interim(session, lambda: ready("interim"))
+        assert await desk.interim(session, lambda: ready("interim")) == {"text": "interim"}
         assert [name for _, name in ear.asked] == ["final", "interim"]
 
     virtually(main())
@@ -1732,10 +1737,10 @@ def test_429_holds_everybody_back_for_as_long_as_it_says() -> None:
         faults = iter([limited(5.0)])
         ear.fault = lambda: next(faults, None)
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(object(), lambda: posting("one")))
+            group.create_task(desk.final(object(), lambda: ready("one")))
             await asyncio.sleep(0.5)
             began = now()
-            group.create_task(desk.final(object(), lambda: posting("two")))
+            group.create_task(desk.final(object(), lambda: ready("two")))
         assert sorted(name for _, name in ear.asked) == ["one", "one", "two"]
         assert ear.asked[1][0] >= began - 0.5 + 5.0
         assert now() - began < 10, "and not much longer"
@@ -1749,7 +1754,7 @@ def test_a_rate_limit_is_kept() -> None:
         desk = desk_of(ear, requests_per_minute=30)
         async with asyncio.TaskGroup() as group:
             for _ in range(90):
-                group.create_task(desk.final(object(), lambda: posting("")))
+                group.create_task(desk.final(object(), lambda: ready("")))
         times = [at for at, _ in ear.asked]
         assert all(after - before >= 60 - 0.2 for before, after in zip(times, times[30:], strict=False))
 
@@ -1763,7 +1768,7 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
         ear.fault = lambda: DEAD if now() < began + 20 else None
         async with asyncio.TaskGroup() as group:
             for n in range(12):
-                group.create_task(desk.final(object(), lambda n=n: posting(str(n))))  # type: ignore[misc]
+                group.create_task(desk.final(object(), lambda n=n: ready(str(n))))  # type: ignore[misc]
             await asyncio.sleep(10)
             ear.peak = 0
             asked = len(ear.asked)
@@ -1784,7 +1789,7 @@ def test_a_final_is_given_up_at_its_deadline_or_when_there_is_no_hope(
         desk, began = desk_of(ear), now()
         ear.fault = lambda: scribe.EndpointError("no", again=again)
         with pytest.raises(scribe.EndpointError):
-            await desk.final(object(), lambda: posting("doomed"))
+            await desk.final(object(), lambda: ready("doomed"))
         assert least <= now() - began <= most
 
     virtually(main())
@@ -2447,6 +2452,43 @@ async def test_connections_that_ask_for_nothing_take_no_descriptor_from_sessions
         assert result.complete and compare(SPEECH.texts, result.words).words == 0
         for connection in silent:
             connection.close()
+
+
+@pytest.mark.parametrize("size", [0, 3, 200_000])
+def test_bytes_are_taken_a_few_at_a_time_and_none_is_lost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever frames are in them: 256 KiB of the smallest would keep the loop for half a second."""
+    taken: list[int] = []
+    take = ServerConnection.data_received
+
+    def recorded(connection: ServerConnection, data: bytes) -> None:
+        taken.append(len(data))
+        take(connection, data)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        async with connect(with_options(uri, acks=True, **RAW_PCM), proxy=None, max_queue=None) as connection:
+            session = json.loads(await connection.recv())["session"]
+            monkeypatch.setattr(ServerConnection, "data_received", recorded)
+            frames = [bytes(size)] * (20_000 if size < 4 else 20)
+            audio = b"".join(frames)
+            payload = b"".join(wire_frame(frame) for frame in frames)
+            connection.transport.write(payload)
+            while connection.transport.get_write_buffer_size():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1)
+            monkeypatch.undo()
+            assert sum(taken) == len(payload) and max(taken) <= scribe.TAKEN_BYTES
+        return await talk(with_options(uri, session=session), audio + PCM)
+
+    result = with_server(scene)
+    assert result.messages[0]["received"] == size * (20_000 if size < 4 else 20)
+    assert compare(SPEECH.texts, result.words).words == 0
+
+
+def wire_frame(content: bytes) -> bytes:
+    """A client's binary message, masked with zeros."""
+    if len(content) < 126:
+        return bytes([0x82, 0x80 | len(content), 0, 0, 0, 0]) + content
+    return b"\x82\xff" + len(content).to_bytes(8, "big") + bytes(4) + content
 
 
 async def test_pongs_that_nobody_reads_do_not_pile_up(env: dict[str, str]) -> None:
