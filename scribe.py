@@ -2183,8 +2183,9 @@ class Server:
         """A session from here or from the spool. Raises SpoolError, Locked if it cannot be had now."""
         if known := self._sessions.get(name):
             return known
-        if sum(not session.known.is_set() for session in self._sessions.values()) >= RESTORES:
-            raise Locked("too many sessions are being read back: try again in a second")
+        reading = sum(not session.known.is_set() for session in self._sessions.values())
+        if reading >= RESTORES or len(self._sessions) >= self._door.room:
+            raise Locked("the server is full: try again in a second")
         recording = self._services.spool.open(name)
         try:
             return self._start(Session.restore(self._services, recording))
@@ -2310,7 +2311,11 @@ def main() -> int:
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
-UNASKED_SHARE, LEAST_ROOM = 8, 8  # one in so many descriptors is for handshakes; sessions at least
+UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
+LEAST_ROOM, FINISHING = (
+    8,
+    2,
+)  # sessions that run at least; so many times MAX_SESSIONS with those that are over
 TAKEN_BYTES, TAKEN_SECONDS = (
     1 << 13,
     0.01,
@@ -2415,9 +2420,10 @@ class Door:
             dict[Connection, None](),
         )  # connections; those without a request, oldest first
         whole = descriptors()
-        self._handshakes = whole // UNASKED_SHARE
-        spare = SPARE_DESCRIPTORS + settings.concurrency + self._handshakes
-        self.room = max(LEAST_ROOM, (whole - spare) // 2)  # for sessions, each with a client and a file
+        self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
+        left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
+        most = FINISHING * settings.max_sessions + LEAST_ROOM
+        self.room = max(LEAST_ROOM, min(left // 2, most))  # for sessions, each with a client and a file
         if self.room < settings.max_sessions:
             log.warning(
                 "%d descriptors are enough for %d sessions at once: raise the limit", whole, self.room

