@@ -137,7 +137,7 @@ class Settings:
     requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
     request_seconds: float = value(15.0, "limit of one endpoint request", (0.1, 600))
     deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
-    upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 16, 1 << 32))
+    upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 17, 1 << 32))
     interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
     session_billed_seconds: int = value(0, "cap on billed seconds of a session; 0: none", range(1 << 31))
     hourly_billed_seconds: int = value(0, "cap on billed seconds in an hour; 0: none", range(1 << 31))
@@ -1823,7 +1823,7 @@ class Session:
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
         rate = self.stream.format.posted_rate
-        return min(seconds, self._room / rate - LOOKBACK_SECONDS) if rate else seconds
+        return min(seconds, max(MIN_POST_SECONDS, self._room / rate - LOOKBACK_SECONDS)) if rate else seconds
 
     def _acknowledge(self) -> None:
         now, size = self.segmenter.now, self.recording.size
@@ -3665,6 +3665,7 @@ class Archive:
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
         self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(UPLOADS)
+        self._failing = False  # as far as the last attempt tells: then nobody waits for a place
         self._client: Any = None
 
     async def open(self) -> None:
@@ -3700,16 +3701,17 @@ class Archive:
 
     async def store(self, upload: Upload, until: float) -> None:
         """Upload an object, if that can begin by a time of the loop's clock. Raises ArchiveError."""
-        try:
-            async with asyncio.timeout_at(
-                until
-            ):  # behind a bucket that hangs all would wait, with their files open
+        try:  # behind a bucket that fails or hangs all would wait, with their files open
+            async with asyncio.timeout_at(0.0 if self._failing else until):
                 await self._uploads.acquire()
         except TimeoutError:
-            raise ArchiveError(f"{self.address(upload.key)}: other uploads take too long") from None
+            self._failing = True
+            raise ArchiveError(f"{self.address(upload.key)}: the bucket fails, or is too slow") from None
         try:
             await self._store(upload)
+            self._failing = False
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
+            self._failing = True
             raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
         finally:
             self._uploads.release()
