@@ -2422,7 +2422,7 @@ class Door:
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
-        most = FINISHING * settings.max_sessions + LEAST_ROOM
+        most = FINISHING * settings.max_sessions + SWEPT
         self.room = max(LEAST_ROOM, min(left // 2, most))  # for sessions, each with a client and a file
         if self.room < settings.max_sessions:
             log.warning(
@@ -3631,7 +3631,7 @@ def recognise(head: bytes, limit: int) -> Format | None:
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
 UPLOADS = 4  # at once
 CHECK_SECONDS = 5.0  # for the bucket to answer at start
-QUEUE_SECONDS = 10.0  # for other uploads at least, before a session gives up its turn
+QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
 STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
 SEGMENTS_AT_ONCE = 256  # of a transcript that are written in one turn of the loop: some ms
 
@@ -3780,7 +3780,7 @@ class Deposit:
         """Bring what the bucket does not have; to a failing one only as long as a client waits."""
         session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
         until = clock() + session.services.settings.archive_seconds
-        begin_by = max(until, clock() + QUEUE_SECONDS)
+        begin_by = until if session.client else max(until, clock() + QUEUE_SECONDS)
         while self._archive and not self.done:
             name = session.state.unstored[0]
             try:
