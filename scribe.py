@@ -2317,9 +2317,9 @@ LEAST_ROOM, FINISHING = (
     2,
 )  # sessions that run at least; so many times MAX_SESSIONS with those that are over
 TAKEN_BYTES, TAKEN_SECONDS = (
-    1 << 13,
-    0.01,
-)  # at a time, which may be a thousand frames; until it is tried again
+    1 << 12,
+    0.005,
+)  # at a time: 600 frames at most; until all that wait are looked at
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
@@ -2367,36 +2367,29 @@ class Connection(ServerConnection):
         self._door.leave(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes, a few in a turn of the loop: there may be thousands of frames in them."""
+        """Take bytes. Many of them wait for a turn: there may be thousands of frames in them."""
         if not self._untaken and len(data) <= TAKEN_BYTES:
             self._take(data)
             return
         if not self._untaken:
-            self.loop.call_soon(self._take_more)
+            self._door.queue(self)
         self._untaken += data
         self.transport.pause_reading()
 
     def eof_received(self) -> None:
         while self._untaken:
-            self._take_some()
+            self.take_some()
         super().eof_received()
 
-    def _take_more(self) -> None:
-        if self.transport.is_closing():
-            return
-        if self.recv_messages.paused:  # the session is behind
-            self.loop.call_later(TAKEN_SECONDS, self._take_more)
-            return
-        self._take_some()
-        if self._untaken:
-            self.loop.call_soon(self._take_more)
-        elif not self.recv_messages.paused:
-            self.transport.resume_reading()
-
-    def _take_some(self) -> None:
-        data = bytes(self._untaken[:TAKEN_BYTES])
-        del self._untaken[:TAKEN_BYTES]
-        self._take(data)
+    def take_some(self) -> bool:
+        """Take some of the bytes that wait, unless the session is behind; gives whether any are left."""
+        if self._untaken and not self.recv_messages.paused:
+            data = bytes(self._untaken[:TAKEN_BYTES])
+            del self._untaken[:TAKEN_BYTES]
+            self._take(data)
+            if not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
+                self.transport.resume_reading()
+        return bool(self._untaken)
 
     def _take(self, data: bytes) -> None:
         """Answers to pings are not held back by websockets, however many are unread."""
@@ -2419,6 +2412,7 @@ class Door:
             0,
             dict[Connection, None](),
         )  # connections; those without a request, oldest first
+        self._queue: deque[Connection] = deque()
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
@@ -2437,6 +2431,24 @@ class Door:
             oldest = next(iter(self._unasked))
             del self._unasked[oldest]
             oldest.transport.abort()
+
+    def queue(self, connection: Connection) -> None:
+        """Let a connection take what it has received when it is its turn."""
+        self._queue.append(connection)
+        if len(self._queue) == 1:
+            connection.loop.call_soon(self._take_turns)
+
+    def _take_turns(self) -> None:
+        """Of all connections together for a while, then let the loop do something else."""
+        loop = asyncio.get_running_loop()
+        until, idle = loop.time() + TURN_SECONDS, 0
+        while idle < len(self._queue) and loop.time() < until:
+            connection = self._queue.popleft()
+            idle = idle + 1 if connection.recv_messages.paused else 0
+            if connection.take_some():
+                self._queue.append(connection)
+        if self._queue:
+            loop.call_later(TAKEN_SECONDS if idle else 0.0, self._take_turns)
 
     def leave(self, connection: Connection) -> None:
         """Count it no more."""
