@@ -1868,7 +1868,7 @@ class Session:
                 hypothesis = read_answer(answer, pending.window)
             pending.outcome = hypothesis
         except EndpointError as error:
-            pending.outcome = error
+            pending.outcome = EndpointError(str(error))  # by its traceback, the other would keep the file
         self._wake.set()
 
     async def _post(self, pending: Pending, prompted: bool = True) -> Post:
@@ -1962,7 +1962,7 @@ class Session:
             if interim in self._pending:  # it has become a final: ask as for one
                 interim.launched = False
             else:
-                interim.outcome = error
+                interim.outcome = EndpointError(str(error))
         self._interims.asking = False
         self._wake.set()
 

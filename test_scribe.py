@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import io
 import itertools
@@ -2144,6 +2145,23 @@ def test_a_language_the_endpoint_refuses_is_its_clients_problem_alone() -> None:
     assert_told(TALK, with_server(scene, endpoint))
     assert {tuple(post.fields["language"]) for post in endpoint.posts} == {("en",)}
     assert all(post.fields["prompt"][0].startswith("Names") for post in endpoint.posts)
+
+
+def test_a_request_that_failed_leaves_nothing_behind() -> None:
+    """Not even in a cycle of exceptions, where its file would wait for the garbage collector."""
+
+    async def scene(uri: str, endpoint: Endpoint) -> int:
+        speech = speak(chatter(random.Random(3), 30, (0.8,)), 8000)
+        await talk(uri, wav(speech.samples, 8000), [4000], bytes_per_second=16_000)
+        assert len(endpoint.posts) > 10
+        return sum(isinstance(thing, scribe.Post) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert with_server(scene, Endpoint(fault=lambda post: refusal(401, "wrong key"))) == 0
+    finally:
+        gc.enable()
 
 
 def test_a_wrong_key_is_told_at_once_and_the_session_goes_on() -> None:
