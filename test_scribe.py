@@ -2154,7 +2154,7 @@ def test_a_request_that_failed_leaves_nothing_behind() -> None:
         speech = speak(chatter(random.Random(3), 30, (0.8,)), 8000)
         await talk(uri, wav(speech.samples, 8000), [4000], bytes_per_second=16_000)
         assert len(endpoint.posts) > 10
-        return sum(isinstance(thing, scribe.Post) for thing in gc.get_objects())
+        return sum(type(thing) is scribe.Post for thing in gc.get_objects())
 
     gc.collect()
     gc.disable()
