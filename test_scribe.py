@@ -1855,22 +1855,30 @@ WORD, OTHER = VOCABULARY[20], VOCABULARY[200]
 
 
 @contextlib.asynccontextmanager
-async def serving(endpoint: Endpoint, **changes: Any) -> AsyncIterator[str]:
-    """The URI of a server with a spool of its own."""
+async def serving(
+    endpoint: Endpoint, archive: scribe.Archive | None = None, **changes: Any
+) -> AsyncIterator[str]:
+    """The URI of a server with a spool of its own, which a Killed ends at once."""
     with tempfile.TemporaryDirectory() as spool:
         defaults = {"openai_base_url": endpoint.url, "openai_api_key": "test", "spool_dir": spool}
         chosen = scribe.Settings(**{**defaults, "host": "127.0.0.1", "port": free_port(), **changes})
         engine, stop = scribe.Whisper(chosen), asyncio.Event()
-        services = scribe.Services(chosen, scribe.Desk(engine, chosen), scribe.Spool(chosen), None)
+        services = scribe.Services(chosen, scribe.Desk(engine, chosen), scribe.Spool(chosen), archive)
         task = asyncio.create_task(scribe.Server(services).serve(stop))
         await asyncio.sleep(0.1)
+        killed = False
         try:
             yield f"ws://127.0.0.1:{chosen.port}/ws"
+        except Killed:
+            killed = True
+            task.cancel()
         finally:
             stop.set()
-            async with asyncio.timeout(60):
-                await task
+            done, _ = await asyncio.wait([task], timeout=60)
             await engine.close()
+            assert done, "it does not stop"
+            if not (killed and (task.cancelled() or task.exception())):
+                task.result()
 
 
 def with_server(
@@ -5037,6 +5045,279 @@ def test_bench_scheduler(known: int, dead: bool, tmp_path: Path) -> None:
     assert_all_said(speeches, results)
     assert share_of_429(endpoint) <= 0.05
     assert interims[-1] <= 5 or interims[0] >= 0.5 * interims[-1], interims
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Killed at any moment, in virtual time
+#
+# A server in this process whose writes may end it, before, in the midst of, or behind any of them; from then
+# on nothing of it reaches disk or bucket, and its successor finds what it has left. Beside that the disk is
+# full for a while, the bucket does not answer, the endpoint fails. All is drawn from a seed.
+
+KILLS = 1000  # seeded runs
+LIFE = (0.0, 12.0)  # seconds of a server that is killed by the clock
+OUTAGE = 3.0  # seconds of the disk, the bucket or the endpoint, at most
+KILL_PATIENCE = 90.0  # seconds without a message after which a client would give up
+MOMENTS = ("open", "post", "transcription", "settled", "gap", "filled", "end", "complete", "stored")
+MOMENTS += ("append", "remove", "store")
+DYING = ("before", "torn", "after")
+
+
+class Killed(BaseException):
+    """The process is gone. Nothing handles this, as nothing handles SIGKILL."""
+
+
+class Death(NamedTuple):
+    """How a server ends: with one of its writes, of any kind or of one, or by the clock."""
+
+    write: int = 0
+    kind: str = ""
+    how: str = "before"
+    seconds: float = math.inf
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Death:
+        if rng.random() < 0.3:
+            return cls(seconds=rng.uniform(*LIFE))
+        if rng.random() < 0.5:
+            return cls(1 + int(rng.expovariate(0.05)), how=rng.choice(DYING))
+        return cls(1 + int(rng.expovariate(1)), rng.choice(MOMENTS), rng.choice(DYING))
+
+
+@dataclass
+class Fate:
+    """What happens to a server's disk and bucket, and to itself; times are the event loop's."""
+
+    rng: random.Random
+    full: tuple[float, float]  # when the disk takes nothing
+    closed: tuple[float, float]  # when the bucket takes nothing
+    death: Death | None = None
+    killed: asyncio.Event = field(default_factory=asyncio.Event)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    happened: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def born(self, death: Death | None) -> None:
+        """Another process, which will end like this."""
+        self.death, self.killed, self._writes = death, asyncio.Event(), 0
+        if death and death.seconds < math.inf:
+            asyncio.get_running_loop().call_later(death.seconds, self.killed.set)
+
+    def dies(self, kind: str) -> str:
+        """Whether it does with this write, and how. Raises Killed if it has."""
+        if self.killed.is_set():
+            raise Killed
+        self._writes += bool(self.death) and self.death.kind in ("", kind)
+        if not self.death or self._writes != self.death.write:
+            return ""
+        self.killed.set()
+        self.happened[f"{kind} {self.death.how}"] += 1
+        return self.death.how
+
+    def write(self, kind: str, whole: Callable[[], T], part: Callable[[], object]) -> T:
+        how = self.dies(kind)
+        now = _now()
+        if not how and kind != "remove" and self.full[0] <= now < self.full[1]:
+            self.happened["full"] += 1
+            if kind == "append":
+                part()  # what fits
+            raise scribe.SpoolError("the spool cannot be written: No space left on device")
+        if how == "torn":
+            part()
+        if how in ("", "after"):
+            done = whole()
+        if how:
+            raise Killed
+        return done
+
+    @contextlib.contextmanager
+    def rules(self, spool: Path) -> Iterator[None]:
+        """Every write of a session goes through here."""
+        note, append, remove = scribe.Recording.note, scribe.Recording.append, scribe.Recording.remove
+
+        def noted(recording: scribe.Recording, event: Message) -> int:
+            def part() -> None:
+                line = json.dumps(event).encode()
+                with (spool / f"{recording.session}.jsonl").open("ab") as journal:
+                    journal.write(line[: self.rng.randrange(1, len(line))])
+
+            return self.write(event["event"], lambda: note(recording, event), part)
+
+        def appended(recording: scribe.Recording, audio: bytes) -> None:
+            part = audio[: self.rng.randrange(len(audio))]
+            self.write("append", lambda: append(recording, audio), lambda: append(recording, part))
+
+        def removed(recording: scribe.Recording) -> None:
+            self.write("remove", lambda: remove(recording), lambda: self._unlink_one(recording, remove))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scribe.Recording, "note", noted)
+            patch.setattr(scribe.Recording, "append", appended)
+            patch.setattr(scribe.Recording, "remove", removed)
+            yield
+
+    def _unlink_one(self, recording: scribe.Recording, remove: Callable[[scribe.Recording], None]) -> None:
+        """Half of a removal, whichever comes first."""
+        unlink, count = Path.unlink, 0
+
+        def once(path: Path, missing_ok: bool = False) -> None:
+            nonlocal count
+            count += 1
+            if count == 1:
+                unlink(path, missing_ok)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "unlink", once)
+            remove(recording)
+
+
+class Bucket(scribe.Archive):
+    """A bucket in memory, of a server with a fate."""
+
+    def __init__(self, fate: Fate) -> None:
+        super().__init__(scribe.Settings(s3_bucket="recordings"))
+        self._fate = fate
+
+    async def store(self, upload: scribe.Upload) -> None:
+        how, fate = self._fate.dies("store"), self._fate
+        await asyncio.sleep(0.05)
+        if how in ("before", "torn"):
+            raise Killed
+        if fate.closed[0] <= _now() < fate.closed[1]:
+            fate.happened["closed"] += 1
+            raise scribe.ArchiveError("503")
+        fate.stored[self.address(upload.key)] = b"".join(upload.pieces())
+        if how:
+            raise Killed
+
+
+@cache
+def kill_speech(number: int) -> Speech:
+    rng = random.Random(number)
+    return speak([0.4, *chatter(rng, 14 + number, (0.05, 0.1, 0.3, 0.6, 1.2)), 0.5], 8000, seed=number)
+
+
+@cache
+def kill_audio(number: int, sound: str) -> bytes:
+    return SOUNDS[sound](kill_speech(number).samples)
+
+
+def kill_plan(rng: random.Random, audio: bytes) -> list[Step]:
+    """Chunks of any size. Some clients break off here and there, in mid-word too, or ask for all so far."""
+    second, breaks, plan = len(audio) / 10, rng.choice((0, 0, 0, 3)), list[Step]()
+    for _ in range(400):
+        plan += [max(1, round(second * rng.expovariate(8)))]
+        plan += rng.choices(([], [rng.uniform(5.0, 8.0)], ["FLUSH"]), (100 - 2 * breaks, breaks, breaks))[0]
+    return plan
+
+
+def kill_fault(rng: random.Random, down: tuple[float, float]) -> Callable[[Post], Fault | None]:
+    """An endpoint that is down for a while, and now and then fails in its own ways."""
+    share = rng.choice((0.0, 0.1, 0.3))
+    faults = (BROKEN, DROP, CUT, BAD_GATEWAY, GARBAGE, HANG, too_many(1, "ms"))
+
+    def fault(post: Post) -> Fault | None:
+        if down[0] <= post.arrived < down[1]:
+            return BROKEN
+        return rng.choice(faults) if rng.random() < share else None
+
+    return fault
+
+
+@dataclass
+class KillRun:
+    """One run: a session, and what happens to its servers."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.rng = rng = random.Random(f"kill {self.seed}")
+        self.number, self.sound = rng.randrange(6), rng.choice(("pcm_s16le", "pcm_s16le", "ogg", "webm"))
+        self.speech, self.audio = kill_speech(self.number), kill_audio(self.number, self.sound)
+        self.options: Message = {name: True for name in ("interim", "acks", "words") if rng.random() < 0.5}
+        self.deaths = [Death.drawn(rng) for _ in range(rng.randint(1, 5))]
+        self.plan = kill_plan(rng, self.audio)
+        self.pace = len(self.audio) / self.speech.seconds * rng.choice((1, 2, 4, 1000))
+
+        def outage() -> tuple[float, float]:
+            begin = 1000 + rng.uniform(0, 2 * self.speech.seconds)
+            return begin, begin + rng.uniform(0, OUTAGE) * rng.choice((0, 1))
+
+        self.fate = Fate(rng, outage(), outage())
+        self.settings: Message = {"deadline_seconds": rng.choice((1.0, 5.0)), "request_seconds": 4.0}
+        self.settings["archive_seconds"] = rng.choice((0.0, 0.02, 5.0))
+        words: tuple[WordShape, ...] = ("top", "segment", "token", "text", "none")
+        self.endpoint = Endpoint(rng.uniform(0.02, 1.0), 0.02, words=rng.choice(words))
+        self.endpoint.fault = kill_fault(rng, outage())
+
+    async def play(self, spool: Path) -> Result:
+        """Servers live and die until the client has all, and nothing is left in the spool."""
+        shape = {"format": self.sound} if self.sound in RAW else {}
+        port = free_port()
+        uri = with_options(f"ws://127.0.0.1:{port}/ws", rate=8000, **shape, **self.options)
+        with self.fate.rules(spool):
+            async with self.endpoint:
+                talking = asyncio.create_task(
+                    talk(uri, self.audio, self.plan, bytes_per_second=self.pace, patience=KILL_PATIENCE)
+                )
+                for death in [*self.deaths, None]:
+                    await self.live(death, talking, port, spool)
+                    await asyncio.sleep(self.rng.uniform(0, 1.0))
+                return await talking
+
+    async def live(self, death: Death | None, talking: asyncio.Task[Result], port: int, spool: Path) -> None:
+        """One server's life. When the client is gone for good it finishes what is there, after no time."""
+        self.fate.born(death)
+        gone = talking.done()
+        grace = 0.0 if gone else 3600.0
+        settings = self.settings | {"port": port, "spool_dir": str(spool), "grace_seconds": grace}
+        over = (lambda: left(spool) == []) if gone else talking.done
+        async with serving(self.endpoint, Bucket(self.fate), **settings):
+            await until(lambda: self.fate.killed.is_set() or over(), 300)
+            if death or not gone:
+                self.fate.killed.set()
+                raise Killed
+        let_go(spool)
+        if not (death or gone):
+            await self.live(None, talking, port, spool)
+
+
+def let_go(spool: Path) -> None:
+    """A process that is killed holds no file, and no lock on it."""
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if file.readlink().is_relative_to(spool):
+                os.close(int(file.name))
+
+
+def told_but_for_gaps(speech: Speech, result: Result) -> list[str]:
+    """The words that must have been told: those that no gap touches."""
+    assert result.complete
+    gaps = result.complete["gaps"]
+    return [w.text for w in speech.words if not any(g["start"] < w.end and w.start < g["end"] for g in gaps)]
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.bench) for seed in range(6, KILLS))]
+)
+def test_nothing_is_lost_by_a_server_that_is_killed_at_any_moment(seed: int, tmp_path: Path) -> None:
+    """No word, no sample; and no second is billed that `usage` does not count."""
+    run, spool = KillRun(seed), tmp_path / "spool"
+    result = virtually(run.play(spool))
+    assert_protocol(result.messages, interim="interim" in run.options, words="words" in run.options)
+    assert result.complete
+    damage = compare(told_but_for_gaps(run.speech, result), result.words)
+    assert not damage.lost and not damage.doubled, (damage, result.complete["gaps"])
+    broken_off = any(isinstance(step, float | str) for step in run.plan)
+    assert not damage.broken or result.complete["gaps"] or broken_off, damage
+    usage, posts = result.complete["usage"], run.endpoint.posts
+    assert (len(posts), billed(posts)) <= (usage["requests"], usage["billed_seconds"])
+    assert billed(posts) <= usage["billed_seconds"], (billed(posts), usage)
+    stored = run.fate.stored
+    recording = stored[result.complete["archive"]["audio"]]
+    assert (samples_of(recording) if run.sound in RAW else recording) == run.audio
+    transcript = json.loads(stored[result.complete["archive"]["transcript"]])
+    assert transcript["full_transcription"] == result.complete["full_transcription"]
+    assert [segment["text"] for segment in transcript["segments"]] == [f["text"] for f in by_time(result)]
 
 
 # -----------------------------------------------------------------------------------------------------------
