@@ -67,6 +67,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.http11 import Request, Response
+from websockets.sync.client import connect as connect_blocking
 
 import client as client_py
 import scribe
@@ -741,6 +742,7 @@ class Scribe:
     flags: Sequence[str] = ()
     port: int = field(default_factory=free_port)
     lines: list[str] = field(default_factory=list)  # of its log
+    under: Sequence[str] = ()  # a command that sets limits and starts it
 
     @property
     def uri(self) -> str:
@@ -749,6 +751,10 @@ class Scribe:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.returncode is not None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -762,7 +768,7 @@ class Scribe:
         foreign = ("OPENAI_", "AWS_", "S3_", "SCRIBE_", "SPOOL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            *(*self.under, sys.executable),
             *(str(SCRIPT), "--host", "127.0.0.1", "--port", str(self.port), *self.flags),
             env={**inherited, "OPENAI_API_KEY": "test", "PYTHONUNBUFFERED": "1", **self.env},
             stdout=asyncio.subprocess.PIPE,
@@ -2810,11 +2816,12 @@ def ogg(packets: Sequence[bytes], head: bytes, serial: int, laces: int = 255) ->
         page, goes_on = bytes(lengths[first : first + laces]), bool(first) and lengths[first - 1] == 255
         pages.append((int(goes_on), page, body[at : at + sum(page)]))
         at += sum(page)
-    whole = b""
-    for number, (flags, page, content) in enumerate(pages):
-        bare = struct.pack("<4sxBQIIIB", b"OggS", flags, 0, serial, number, 0, len(page)) + page + content
-        whole += bare[:22] + scribe.ogg_sum(bare) + bare[26:]
-    return whole
+    return b"".join(page_of_ogg(flags, serial, number, *page) for number, (flags, *page) in enumerate(pages))
+
+
+def page_of_ogg(flags: int, serial: int, number: int, laces: bytes, content: bytes) -> bytes:
+    bare = struct.pack("<4sxBQIIIB", b"OggS", flags, 0, serial, number, 0, len(laces)) + laces + content
+    return bare[:22] + scribe.ogg_sum(bare) + bare[26:]
 
 
 def with_garbage(data: bytes) -> bytes:
@@ -5302,6 +5309,7 @@ def told_but_for_gaps(speech: Speech, result: Result) -> list[str]:
 def test_nothing_is_lost_by_a_server_that_is_killed_at_any_moment(seed: int, tmp_path: Path) -> None:
     """No word, no sample; and no second is billed that `usage` does not count."""
     run, spool = KillRun(seed), tmp_path / "spool"
+    print(f"{run.sound}, {run.options}, {run.deaths}")  # pytest shows it if this fails
     result = virtually(run.play(spool))
     assert_protocol(result.messages, interim="interim" in run.options, words="words" in run.options)
     assert result.complete
@@ -5318,6 +5326,505 @@ def test_nothing_is_lost_by_a_server_that_is_killed_at_any_moment(seed: int, tmp
     transcript = json.loads(stored[result.complete["archive"]["transcript"]])
     assert transcript["full_transcription"] == result.complete["full_transcription"]
     assert [segment["text"] for segment in transcript["segments"]] == [f["text"] for f in by_time(result)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The siege, in real time
+#
+# Honest clients stream speech while attackers of every kind are at work, all at once, in a process of their
+# own that leaves the CPU to the others. Some of the attackers hold a token, so that they get as far as a
+# client can. What they send is made beforehand. Meanwhile the endpoint fails now and then, and the bucket
+# often.
+
+SIEGE_SECONDS = float(os.environ.get("SIEGE_SECONDS", "60"))
+SIEGE_CLIENTS, SIEGE_DESCRIPTORS, SIEGE_SETTLES = (
+    20,
+    1024,
+    120.0,
+)  # the last: seconds until the spool is empty
+SIEGE_LATE, SIEGE_LAG, SIEGE_MEMORY = 1.0, 0.1, 300e6  # seconds, seconds, bytes: what the attackers may cost
+HONEST, HOSTILE = "honest", "hostile"  # tokens
+PROBE_SECONDS = 0.05  # between two pings
+ATTACK_SECONDS = 12.0  # for one attack, before it begins again
+SENDING, TEXT, BINARY, PING, MORE = 1 << 16, 0x81, 0x82, 0x89, 0x00  # bytes at once; first bytes of frames
+
+
+def upgrade(path: str, *headers: str) -> bytes:
+    """A handshake as it goes over the wire."""
+    lines = (f"GET {path} HTTP/1.1", "Host: localhost", "Upgrade: websocket", "Connection: Upgrade")
+    key = ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")
+    return "\r\n".join([*lines, *key, *headers, "", ""]).encode()
+
+
+def framed(kind: int, content: bytes) -> bytes:
+    """A frame of a client; a mask of zeros (RFC 6455, 5.3) leaves the content as it is."""
+    size = len(content)
+    if size < 126:
+        return struct.pack(">BBI", kind, 0x80 | size, 0) + content
+    if size < 1 << 16:
+        return struct.pack(">BBHI", kind, 0x80 | 126, size, 0) + content
+    return struct.pack(">BBQI", kind, 0x80 | 127, size, 0) + content
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    """A box of MP4."""
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def fragments(ticks: int, size: int, count: int) -> bytes:
+    """MP4 in fragments of so many milliseconds and bytes."""
+    clock = box(b"mdhd", bytes(12) + struct.pack(">I", 1000) + bytes(8))
+    defaults = box(b"mvex", box(b"trex", bytes(8) + struct.pack(">IIII", 1, ticks, 0, 0)))
+    head = box(b"ftyp", b"iso5\0\0\0\0iso5") + box(b"moov", box(b"trak", box(b"mdia", clock)) + defaults)
+    run = box(b"tfhd", bytes(4) + struct.pack(">I", 1)) + box(b"trun", bytes(4) + struct.pack(">I", 1))
+    return head + (box(b"moof", box(b"traf", run)) + box(b"mdat", bytes(size))) * count
+
+
+def ogg_of(packet: bytes, size: int) -> bytes:
+    """Ogg with one page of the same packet, again and again."""
+    head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"
+    start = len(ogg([], head, 1))
+    whole = ogg([packet] * (255 // (len(packet) // 255 + 1)), head, 1)
+    return whole[:start] + whole[start:] * (size // len(whole[start:]))
+
+
+def huge_head() -> bytes:
+    """An OpusHead that fills more than a page, and packets behind it."""
+    head = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\1" + bytes(70_000)
+    laces = [255] * (len(head) // 255) + [len(head) % 255]
+    first, second = bytes(laces[:255]), bytes(laces[255:])
+    begin = page_of_ogg(2, 1, 0, first, head[: sum(first)]) + page_of_ogg(1, 1, 1, second, head[sum(first) :])
+    packet = b"\x18" + b"\x01\x55" * 20
+    return ogg([], head[:19], 1) + begin + page_of_ogg(0, 1, 2, bytes([len(packet)] * 100), packet * 100) * 3
+
+
+@cache
+def crafted() -> dict[str, bytes]:
+    """Streams that look like audio and are none, or are much more than they cost; about a megabyte each."""
+    rng, much = random.Random(1), 1 << 20
+    celt = bytes([0b11111111, 6]) + rng.randbytes(18)
+    start = ogg_of(celt, 4096)
+    elements = webm([], b"OpusHead\1\1" + bytes(9))
+    mp3 = b"\xff\xf3\x14\xc0"
+    header = scribe.mp3_header(mp3)
+    assert header
+    smallest = mp3 + bytes(header.size - 4)
+    flac = b"fLaC\0\0\0\x22" + bytes(10) + struct.pack(">Q", 16000 << 44 | 15 << 36 | 36_000 * 16_000)
+    streams = {
+        "Opus packets of a byte": ogg_of(b"\x18", much),
+        "six frames of three bytes": ogg_of(celt, much),
+        "bad pages, 28 bytes apart": start + (b"OggS" + b"\xff" * 24) * (much // 28),
+        "OggS and nothing else": start + b"OggS" * (much // 4),
+        "a huge OpusHead": huge_head(),
+        "elements of two bytes": elements + b"\xec\x80" * (much // 2),
+        "empty clusters": elements + b"\x1f\x43\xb6\x75\x80" * (much // 5),
+        "marks that no frame confirms": smallest * 200 + mp3 * (much // 4),
+        "smallest frames of MP3": smallest * (much // len(smallest)),
+        "fragments of 5 ms and megabytes": fragments(5, 4 << 20, 3),
+        "fragments of 600 s and 200 bytes": fragments(600_000, 100, 5000),
+        "fragments of 1 ms": fragments(1, 8, 10_000),
+        "ten hours of FLAC in a megabyte": flac + bytes(16 + much),
+        "a WAV of absurd numbers": wav(BUZZ, 8000)[:24] + b"\xff" * much,
+        "random bytes": rng.randbytes(much // 4),
+        "zeros": bytes(much),
+    }
+    for name, make in ALL.items():
+        streams[f"half of {name}"] = make()[: rng.randrange(len(make()) // 2, len(make()))]
+        streams[f"broken {name}"] = mutate(make(), rng)
+    return streams
+
+
+Sending = Callable[..., Awaitable[None]]
+
+
+@dataclass
+class Siege:
+    """The attackers' view of the server; each attack is one method, and is repeated as long as the siege."""
+
+    port: int
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
+    made: collections.Counter[str] = field(default_factory=collections.Counter)  # attacks, by name
+    refused: collections.Counter[str] = field(default_factory=collections.Counter)  # and not even begun
+    admitted: set[str] = field(default_factory=set)  # strangers who should have been refused
+
+    async def run(self, seconds: float) -> None:
+        crafted()
+        attacks = [name for name in dir(self) if name.startswith("attack_")] + ["attack_crafted"] * 2
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+                for name in attacks:
+                    group.create_task(self._again(name))
+
+    async def _again(self, name: str) -> None:
+        """One attack after another; what the server does about one is its affair."""
+        while True:
+            try:
+                async with asyncio.timeout(ATTACK_SECONDS):
+                    await getattr(self, name)()
+            except (OSError, EOFError, TimeoutError):  # it closed the connection, or let us wait
+                self.refused[name] += 1
+            self.made[name] += 1
+            await asyncio.sleep(self.rng.uniform(0.2, 1.0))
+
+    @contextlib.asynccontextmanager
+    async def open(self, **options: object) -> AsyncIterator[tuple[asyncio.StreamReader, Sending]]:
+        """A connection with a token that vanishes behind the block, without a close. Raises OSError."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=SENDING)
+        writer.transport.set_write_buffer_limits(SENDING)
+        try:
+            path = with_options("/ws", token=HOSTILE, **options)
+            writer.write(upgrade(path))
+            answer = await reader.readuntil(b"\r\n\r\n")
+            if not answer.startswith(b"HTTP/1.1 101"):
+                raise ConnectionRefusedError
+
+            async def send(*parts: bytes) -> None:
+                for part in parts:
+                    writer.write(part)
+                    await writer.drain()
+
+            yield reader, send
+        finally:
+            writer.transport.abort()
+
+    async def read(self, reader: asyncio.StreamReader, pause: float = 0.0) -> None:
+        """To the end, perhaps slowly."""
+        while await reader.read(20_000):
+            await asyncio.sleep(pause)
+
+    async def session(self, reader: asyncio.StreamReader) -> str:
+        """Its name, from the first message."""
+        found = re.search(rb'"session": ?"([\w-]+)"', await reader.readuntil(b"}"))
+        return found[1].decode() if found else ""
+
+    async def flood(self, content: bytes, reading: float | None, first: bytes = b"") -> None:
+        """The same bytes for some seconds, to a server whose answers are read slowly or not at all."""
+        async with self.open(format="pcm_s16le", acks=True) as (reader, send):
+            slow = asyncio.create_task(self.read(reader, reading if reading is not None else 1e9))
+            try:
+                await send(first)
+                for _ in range(500):
+                    await send(content)
+                    await asyncio.sleep(0.01)
+            finally:
+                slow.cancel()
+
+    async def attack_texts_of_a_byte(self) -> None:
+        await self.flood(framed(TEXT, b"x") * 2000, 0.1)
+
+    async def attack_pings_whose_pongs_nobody_reads(self) -> None:
+        await self.flood(framed(PING, bytes(125)) * 200, None)
+
+    async def attack_empty_continuations(self) -> None:
+        await self.flood(framed(MORE, b"") * 4000, None, first=framed(0x02, b""))
+
+    async def attack_empty_messages(self) -> None:
+        await self.flood(framed(BINARY, b"") * 4000, None)
+
+    async def attack_samples_one_by_one(self) -> None:
+        await self.flood(framed(BINARY, b"x") * 2000, None)
+
+    async def attack_flushes(self) -> None:
+        sound = raw(BUZZ[:1600])
+        await self.flood((framed(BINARY, sound) + framed(TEXT, b"FLUSH")) * 20, None)
+
+    async def attack_deaf(self) -> None:
+        """Asks for all that can be told, and reads none of it."""
+        async with self.open(format="pcm_s16le", rate=8000, acks=True, interim=True, words=True) as (_, send):
+            for _ in range(100):
+                await send(framed(BINARY, raw(BUZZ[:1600])), framed(TEXT, b"?" * 10_000))
+                await asyncio.sleep(0.1)
+
+    async def attack_crafted(self) -> None:
+        """One stream after another, ended or broken off."""
+        name, stream = self.rng.choice(list(crafted().items()))
+        async with self.open() as (reader, send):
+            reading = asyncio.create_task(self.read(reader))
+            try:
+                for at in range(0, len(stream), SENDING):
+                    await send(framed(BINARY, stream[at : at + SENDING]))
+                if self.rng.random() < 0.7:
+                    await send(framed(TEXT, b"END"))
+                    await asyncio.wait({reading}, timeout=5)
+            finally:
+                reading.cancel()
+        self.made[name] += 1
+
+    async def attack_silent_connections(self) -> None:
+        """More than the server has descriptors."""
+        sockets: list[socket.socket] = []
+        try:
+            for number in range(SIEGE_DESCRIPTORS + 200):
+                sockets.append(one := socket.socket())
+                one.setblocking(False)
+                one.connect_ex(("127.0.0.1", self.port))
+                if number % 50 == 0:
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(6)
+        finally:
+            for one in sockets:
+                one.close()
+
+    async def attack_handshakes_byte_by_byte(self) -> None:
+        async def one() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            try:
+                for byte in upgrade(with_options("/ws", token=HOSTILE)):
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(0.05)
+            finally:
+                writer.transport.abort()
+
+        await asyncio.gather(*(one() for _ in range(20)), return_exceptions=True)
+
+    async def attack_one_session_many_times(self) -> None:
+        """Connections that take it from each other."""
+        async with self.open(format="pcm_s16le") as (reader, send):
+            name = await self.session(reader)
+            await send(framed(BINARY, raw(BUZZ)))
+
+        async def take() -> None:
+            for _ in range(10):
+                async with self.open(session=name) as (reader, send):
+                    await send(framed(BINARY, raw(BUZZ[:800])))
+                    await reader.read(1)
+
+        await asyncio.gather(*(take() for _ in range(8)), return_exceptions=True)
+
+    async def attack_sessions_that_end_at_once(self) -> None:
+        async def one() -> None:
+            async with self.open(format=self.rng.choice(list(RAW))) as (reader, send):
+                await send(framed(TEXT, b"END"))
+                await self.read(reader)
+
+        await asyncio.gather(*(one() for _ in range(100)), return_exceptions=True)
+
+    async def attack_upload(self) -> None:
+        """Two minutes, as fast as they go; the connection vanishes."""
+        async with self.open(format="pcm_s16le", rate=8000) as (_, send):
+            await send(*[framed(BINARY, raw(BUZZ)) for _ in range(120)])
+
+    async def attack_connections_that_vanish(self) -> None:
+        async def one() -> None:
+            async with self.open(format="pcm_s16le", interim=True) as (_, send):
+                await send(framed(BINARY, raw(BUZZ)), framed(BINARY, bytes(5000))[:-1000])
+
+        await asyncio.gather(*(one() for _ in range(5)), return_exceptions=True)
+
+    async def attack_strangers(self) -> None:
+        """Handshakes that must not succeed."""
+        for name, request in strangers().items():
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            try:
+                writer.write(request)
+                async with asyncio.timeout(2):
+                    if (await reader.read(12)).endswith(b"101"):
+                        self.admitted.add(name)
+            except TimeoutError:
+                pass  # of those that are not whole
+            finally:
+                writer.transport.abort()
+
+
+@cache
+def strangers() -> dict[str, bytes]:
+    """Requests by what is wrong with them."""
+    good = f"/ws?token={HOSTILE}"
+    bearer = f"Authorization: Bearer {HOSTILE}"
+    return {
+        "no token": upgrade("/ws"),
+        "a wrong token": upgrade("/ws?token=honest2"),
+        "an empty token": upgrade("/ws?token="),
+        "a token that is not UTF-8": upgrade("/ws?token=%ff"),
+        "two Authorization headers": upgrade("/ws", bearer, bearer),
+        "another site's Origin": upgrade(good, "Origin: http://example.com"),
+        "an Origin that is null": upgrade(good, "Origin: null"),
+        "an unknown option": upgrade(f"{good}&colour=red"),
+        "an option twice": upgrade(f"{good}&rate=8000&rate=8000"),
+        "a wrong value": upgrade(f"{good}&rate=-1"),
+        "another path": upgrade("/wss"),
+        "a session that is not there": upgrade(f"{good}&session={'A' * 22}"),
+        "a session that is a path": upgrade(f"{good}&session=..%2F..%2Fetc%2Fpasswd"),
+        "after without a session": upgrade(f"{good}&after=3"),
+        "a prompt in raw UTF-8": upgrade(f"{good}&prompt=Zürich"),
+        "a huge header": upgrade(good, f"X: {'x' * 100_000}"),
+        "a thousand headers": upgrade(good, *[f"X{n}: x" for n in range(1000)]),
+        "POST": b"POST" + upgrade(good)[3:],
+        "TLS": b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(500),
+        "no end": upgrade(good)[:-2],
+        "no HTTP": bytes(range(256)) * 40,
+    }
+
+
+def attack(port: int, seconds: float) -> None:
+    """The process of the attackers; prints what they have done."""
+    os.nice(19)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    siege = Siege(port)
+    asyncio.run(siege.run(seconds))
+    print(json.dumps([siege.made, siege.refused, sorted(siege.admitted)]))
+
+
+def probe(port: int, seconds: float) -> None:
+    """The process of a client that only pings; prints how long the pongs took.
+
+    A pong that comes late is counted for each ping that was due meanwhile: a loop that hangs for a second
+    has hung for every client that would have asked it then.
+    """
+    lags: list[float] = []
+    uri = f"ws://127.0.0.1:{port}/ws?format=pcm_s16le&token={HONEST}"
+    with connect_blocking(uri, compression=None, proxy=None) as connection:
+        end = time.monotonic() + seconds
+        while (began := time.monotonic()) < end:
+            if not connection.ping().wait(30):
+                lags.append(30.0)
+            lag = time.monotonic() - began
+            lags += np.arange(lag, 0, -PROBE_SECONDS).tolist()
+            time.sleep(max(0, PROBE_SECONDS - lag))
+        connection.send("END")
+    print(json.dumps(lags))
+
+
+@contextlib.asynccontextmanager
+async def helper(call: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Another process that calls a function of this file; it does not outlive the block."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"import test_scribe; test_scribe.{call}"),
+        cwd=SCRIPT.parent,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def printed(process: asyncio.subprocess.Process) -> Any:
+    """What a helper prints, once it is done."""
+    output, _ = await process.communicate()
+    assert process.returncode == 0, "a helper failed"
+    return json.loads(output)
+
+
+def final_delays(result: Result, bytes_per_second: float) -> list[float]:
+    """Seconds from the moment when the end of each final was first sent to when it came."""
+    delays = []
+    for heard, at in zip(result.messages, result.times, strict=True):
+        if heard["type"] == "transcription":
+            place = min(heard["end"] * bytes_per_second, max(position for _, position in result.sent))
+            delays.append(at - next(when for when, position in result.sent if position >= place))
+    return delays
+
+
+@dataclass
+class Defence:
+    """How the honest clients fared."""
+
+    results: list[Result]
+    lags: list[float]  # of the pings, seconds
+
+    @property
+    def delays(self) -> list[float]:
+        return [d for result in self.results for d in final_delays(result, BYTES_A_SECOND)]
+
+    @property
+    def cut_off(self) -> int:
+        return sum(len(result.codes) + len(result.failures) - 1 for result in self.results)
+
+    def row(self, name: str) -> str:
+        late, lag = np.percentile(self.delays, (50, 95, 100)), np.percentile(self.lags, (50, 99, 100))
+        seconds = " | ".join(f"{value:.2f}" for value in late)
+        milliseconds = " | ".join(f"{1000 * value:.0f}" for value in lag)
+        return f"| {name} | {seconds} | {milliseconds} | {self.cut_off} |"
+
+
+async def defend(server: Scribe, speeches: Sequence[Speech]) -> Defence:
+    """Honest clients who speak at once, and one that pings."""
+    uri = with_options(server.uri, format="pcm_s16le", token=HONEST, acks=True)
+
+    async def one(number: int, speech: Speech) -> Result:
+        steps: Iterator[Step] = itertools.chain([0.1 * number], itertools.repeat(MESSAGE))
+        audio = raw(speech.samples)
+        return await talk(uri, audio, steps, bytes_per_second=BYTES_A_SECOND, patience=60)
+
+    async with helper(f"probe({server.port}, {SIEGE_SECONDS})") as prober:
+        lags, *results = await asyncio.gather(
+            printed(prober), *(one(number, speech) for number, speech in enumerate(speeches))
+        )
+    return Defence(results, lags)
+
+
+def highest_memory(pid: int) -> int:
+    """The most bytes that were ever resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+
+def fail_now_and_then(endpoint: Endpoint, front: FaultyS3) -> None:
+    """The endpoint at times, the bucket half of the time and for a third of the siege altogether."""
+    rng, began = random.Random(2), time.monotonic()
+    faults = [BROKEN] * 4 + [DROP] * 4 + [too_many(0.5, "ms")]
+
+    def closed(operation: str) -> str | None:
+        dead = SIEGE_SECONDS / 3 < time.monotonic() - began < SIEGE_SECONDS * 2 / 3
+        return "refuse" if dead else rng.choice(("refuse", "drop", "page", None, None, None))
+
+    endpoint.fault = lambda post: rng.choice(faults) if rng.random() < 0.02 else None
+    front.fault = closed
+
+
+@pytest.mark.bench
+async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto) -> None:
+    """Prints, and asserts, what attackers of every kind at once cost honest clients."""
+    speeches = [workload("lecture", SIEGE_SECONDS / 60, seed=seed) for seed in range(SIEGE_CLIENTS)]
+    env |= {"SCRIBE_TOKENS": f"{HONEST},{HOSTILE}", "GRACE_SECONDS": "2", "CONCURRENCY": "16"}
+    env |= {"ARCHIVE_SECONDS": "1"}
+    limited = ("sh", "-c", f'ulimit -n {SIEGE_DESCRIPTORS} && exec "$@"', "sh")
+    endpoint.delay = 0.1
+    async with FaultyS3(s3.port) as front, Scribe(env | front.env(s3), under=limited) as server:
+        calm = await defend(server, speeches)
+        fail_now_and_then(endpoint, front)
+        async with helper(f"attack({server.port}, {SIEGE_SECONDS})") as attackers:
+            besieged, (made, refused, admitted) = await asyncio.gather(
+                defend(server, speeches), printed(attackers)
+            )
+        endpoint.fault, front.fault = lambda post: None, lambda operation: None
+        settled = time.monotonic()
+        with suppress(TimeoutError):
+            await until(lambda: left(spool) == [] or server.ended, SIEGE_SETTLES)
+        settled = time.monotonic() - settled
+        ended, memory, rest = server.ended, 0 if server.ended else highest_memory(server.pid), left(spool)
+    print_siege(calm, besieged, made, refused, admitted)
+    print(f"{memory / 1e6:.0f} MB, {len(rest)} files left after {settled:.0f} s, {len(endpoint.posts)} posts")
+    assert not ended, server.lines[-20:]
+    stored = s3.objects()
+    for speech, result in zip(speeches, besieged.results, strict=True):
+        assert_protocol(result.messages)
+        assert result.complete and result.complete["gaps"] == []
+        assert compare(speech.texts, result.words) == Damage([], [], [])
+        recording = stored[result.complete["archive"]["audio"].removeprefix(f"s3://{s3.bucket}/")]
+        assert samples_of(recording) == raw(speech.samples)
+    assert admitted == []
+    assert np.percentile(besieged.delays, 95) <= np.percentile(calm.delays, 95) + SIEGE_LATE
+    assert np.percentile(besieged.lags, 99) <= SIEGE_LAG
+    assert memory < SIEGE_MEMORY
+    assert rest == []
+
+
+def print_siege(
+    calm: Defence, besieged: Defence, made: Message, refused: Message, admitted: list[str]
+) -> None:
+    print("\n| | delay of finals, s | 95 % | most | pings, ms | 99 % | most | lost connections |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(calm.row("calm"))
+    print(besieged.row("siege"))
+    print("\n| attack | made | of those cut short or refused |\n|---|---|---|")
+    for name, count in sorted(made.items()):
+        print(f"| {name.removeprefix('attack_').replace('_', ' ')} | {count} | {refused.get(name, 0)} |")
+    print(f"admitted: {admitted or 'no stranger'}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -5388,10 +5895,7 @@ class Talker(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.transport.write(
-            f"GET {self._path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
+        self.transport.write(upgrade(self._path))
 
     def data_received(self, data: bytes) -> None:
         if data.startswith(b"HTTP/1.1 101"):
@@ -5408,9 +5912,8 @@ class Talker(asyncio.Protocol):
 
 
 def websocket_frames(audio: bytes, size: int) -> list[bytes]:
-    """The audio in binary messages of a client; a mask of zeros (RFC 6455, 5.3) leaves it as it is."""
-    header = struct.pack(">BBHI", 0x82, 0x80 | 126, size, 0)
-    return [header + audio[at : at + size] for at in range(0, len(audio) - size + 1, size)]
+    """The audio in binary messages of a client."""
+    return [framed(BINARY, audio[at : at + size]) for at in range(0, len(audio) - size + 1, size)]
 
 
 async def burden(python: Path, program: str, path: str, environment: Mapping[str, str]) -> Cost:
