@@ -15,6 +15,7 @@ import difflib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -5337,14 +5338,10 @@ def test_nothing_is_lost_by_a_server_that_is_killed_at_any_moment(seed: int, tmp
 # often.
 
 SIEGE_SECONDS = float(os.environ.get("SIEGE_SECONDS", "60"))
-SIEGE_CLIENTS, SIEGE_DESCRIPTORS, SIEGE_SETTLES = (
-    20,
-    1024,
-    120.0,
-)  # the last: seconds until the spool is empty
+SIEGE_CLIENTS, SIEGE_DESCRIPTORS, SIEGE_SETTLES = 20, 1024, 90.0  # the last: seconds until the spool is empty
 SIEGE_LATE, SIEGE_LAG, SIEGE_MEMORY = 1.0, 0.1, 300e6  # seconds, seconds, bytes: what the attackers may cost
 HONEST, HOSTILE = "honest", "hostile"  # tokens
-PROBE_SECONDS = 0.05  # between two pings
+PROBE_SECONDS, CUT_OFF = 0.05, 30.0  # between two pings; of a pong that never came
 ATTACK_SECONDS = 12.0  # for one attack, before it begins again
 SENDING, TEXT, BINARY, PING, MORE = 1 << 16, 0x81, 0x82, 0x89, 0x00  # bytes at once; first bytes of frames
 
@@ -5445,11 +5442,11 @@ class Siege:
     rng: random.Random = field(default_factory=lambda: random.Random(1))
     made: collections.Counter[str] = field(default_factory=collections.Counter)  # attacks, by name
     refused: collections.Counter[str] = field(default_factory=collections.Counter)  # and not even begun
-    admitted: set[str] = field(default_factory=set)  # strangers who should have been refused
+    answered: set[str] = field(default_factory=set)  # strangers
+    admitted: set[str] = field(default_factory=set)  # and those who should have been refused
 
     async def run(self, seconds: float) -> None:
-        crafted()
-        attacks = [name for name in dir(self) if name.startswith("attack_")] + ["attack_crafted"] * 2
+        attacks = [name for name in dir(self) if name.startswith("attack_")] + ["attack_crafted"] * 5
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
                 for name in attacks:
@@ -5458,12 +5455,12 @@ class Siege:
     async def _again(self, name: str) -> None:
         """One attack after another; what the server does about one is its affair."""
         while True:
+            self.made[name] += 1
             try:
                 async with asyncio.timeout(ATTACK_SECONDS):
                     await getattr(self, name)()
             except (OSError, EOFError, TimeoutError):  # it closed the connection, or let us wait
                 self.refused[name] += 1
-            self.made[name] += 1
             await asyncio.sleep(self.rng.uniform(0.2, 1.0))
 
     @contextlib.asynccontextmanager
@@ -5538,6 +5535,7 @@ class Siege:
     async def attack_crafted(self) -> None:
         """One stream after another, ended or broken off."""
         name, stream = self.rng.choice(list(crafted().items()))
+        self.made[name] += 1
         async with self.open() as (reader, send):
             reading = asyncio.create_task(self.read(reader))
             try:
@@ -5548,7 +5546,6 @@ class Siege:
                     await asyncio.wait({reading}, timeout=5)
             finally:
                 reading.cancel()
-        self.made[name] += 1
 
     async def attack_silent_connections(self) -> None:
         """More than the server has descriptors."""
@@ -5571,6 +5568,7 @@ class Siege:
             try:
                 for byte in upgrade(with_options("/ws", token=HOSTILE)):
                     writer.write(bytes([byte]))
+                    await writer.drain()
                     await asyncio.sleep(0.05)
             finally:
                 writer.transport.abort()
@@ -5613,17 +5611,18 @@ class Siege:
 
     async def attack_strangers(self) -> None:
         """Handshakes that must not succeed."""
-        for name, request in strangers().items():
+
+        async def one(name: str, request: bytes) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             try:
                 writer.write(request)
-                async with asyncio.timeout(2):
-                    if (await reader.read(12)).endswith(b"101"):
-                        self.admitted.add(name)
-            except TimeoutError:
-                pass  # of those that are not whole
+                answer = await reader.read(12)
+                self.answered |= {name} if answer else set()
+                self.admitted |= {name} if answer.endswith(b"101") else set()
             finally:
                 writer.transport.abort()
+
+        await asyncio.gather(*(one(*each) for each in strangers().items()), return_exceptions=True)
 
 
 @cache
@@ -5656,14 +5655,23 @@ def strangers() -> dict[str, bytes]:
     }
 
 
+def wait_for_the_word() -> None:
+    """Of the process that has started this one."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
 def attack(port: int, seconds: float) -> None:
-    """The process of the attackers; prints what they have done."""
+    """The process of the attackers; prints what it has done."""
     os.nice(19)
+    logging.disable()  # asyncio's, of what is written to closed connections
+    crafted()
+    wait_for_the_word()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     siege = Siege(port)
     asyncio.run(siege.run(seconds))
-    print(json.dumps([siege.made, siege.refused, sorted(siege.admitted)]))
+    print(json.dumps([siege.made, siege.refused, sorted(siege.answered), sorted(siege.admitted)]))
 
 
 def probe(port: int, seconds: float) -> None:
@@ -5674,27 +5682,32 @@ def probe(port: int, seconds: float) -> None:
     """
     lags: list[float] = []
     uri = f"ws://127.0.0.1:{port}/ws?format=pcm_s16le&token={HONEST}"
-    with connect_blocking(uri, compression=None, proxy=None) as connection:
-        end = time.monotonic() + seconds
-        while (began := time.monotonic()) < end:
-            if not connection.ping().wait(30):
-                lags.append(30.0)
-            lag = time.monotonic() - began
-            lags += np.arange(lag, 0, -PROBE_SECONDS).tolist()
-            time.sleep(max(0, PROBE_SECONDS - lag))
-        connection.send("END")
+    try:
+        with connect_blocking(uri, compression=None, proxy=None) as connection:
+            wait_for_the_word()
+            end = time.monotonic() + seconds
+            while (began := time.monotonic()) < end:
+                connection.ping().wait(CUT_OFF)
+                lag = time.monotonic() - began
+                lags += np.arange(lag, 0, -PROBE_SECONDS).tolist()
+                time.sleep(max(0, PROBE_SECONDS - lag))
+            connection.send("END")
+    except (OSError, WebSocketException):
+        lags += [CUT_OFF] * len(lags)
     print(json.dumps(lags))
 
 
 @contextlib.asynccontextmanager
 async def helper(call: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Another process that calls a function of this file; it does not outlive the block."""
+    """Another process that calls a function of this file, and is ready; it does not outlive the block."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", f"import test_scribe; test_scribe.{call}"),
         cwd=SCRIPT.parent,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     try:
+        assert process.stdout and await process.stdout.readline() == b"ready\n"
         yield process
     finally:
         with suppress(ProcessLookupError):
@@ -5703,8 +5716,8 @@ async def helper(call: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def printed(process: asyncio.subprocess.Process) -> Any:
-    """What a helper prints, once it is done."""
-    output, _ = await process.communicate()
+    """What a helper prints, which begins now, once it is done."""
+    output, _ = await process.communicate(b"\n")
     assert process.returncode == 0, "a helper failed"
     return json.loads(output)
 
@@ -5728,7 +5741,8 @@ class Defence:
 
     @property
     def delays(self) -> list[float]:
-        return [d for result in self.results for d in final_delays(result, BYTES_A_SECOND)]
+        each = [d for result in self.results for d in final_delays(result, BYTES_A_SECOND)]
+        return each or [CUT_OFF]
 
     @property
     def cut_off(self) -> int:
@@ -5741,20 +5755,29 @@ class Defence:
         return f"| {name} | {seconds} | {milliseconds} | {self.cut_off} |"
 
 
-async def defend(server: Scribe, speeches: Sequence[Speech]) -> Defence:
-    """Honest clients who speak at once, and one that pings."""
+async def defend(
+    server: Scribe, speeches: Sequence[Speech], attackers: Coroutine[Any, Any, Any] | None = None
+) -> tuple[Defence, Any]:
+    """Honest clients who speak at once, and one that pings; and what attackers say who begin behind them."""
     uri = with_options(server.uri, format="pcm_s16le", token=HONEST, acks=True)
 
     async def one(number: int, speech: Speech) -> Result:
         steps: Iterator[Step] = itertools.chain([0.1 * number], itertools.repeat(MESSAGE))
         audio = raw(speech.samples)
-        return await talk(uri, audio, steps, bytes_per_second=BYTES_A_SECOND, patience=60)
+        try:
+            return await talk(uri, audio, steps, bytes_per_second=BYTES_A_SECOND, patience=60)
+        except TimeoutError as error:
+            return Result(failures=[error])
+
+    async def later() -> Any:
+        await asyncio.sleep(1)
+        return await attackers if attackers else None
 
     async with helper(f"probe({server.port}, {SIEGE_SECONDS})") as prober:
-        lags, *results = await asyncio.gather(
-            printed(prober), *(one(number, speech) for number, speech in enumerate(speeches))
+        lags, report, *results = await asyncio.gather(
+            printed(prober), later(), *(one(number, speech) for number, speech in enumerate(speeches))
         )
-    return Defence(results, lags)
+    return Defence(results, lags), report
 
 
 def highest_memory(pid: int) -> int:
@@ -5776,6 +5799,18 @@ def fail_now_and_then(endpoint: Endpoint, front: FaultyS3) -> None:
     front.fault = closed
 
 
+def harm_of(speech: Speech, result: Result, stored: Mapping[str, bytes], bucket: str) -> str:
+    """What a client has lost; nothing if all is as it should be."""
+    if not result.complete or result.complete["gaps"]:
+        return f"not all is transcribed: {result.messages[-1:]} {result.failures[-1:]}"
+    recording = stored.get(result.complete["archive"]["audio"].removeprefix(f"s3://{bucket}/"))
+    if recording is None or samples_of(recording) != raw(speech.samples):
+        return "the recording is not what was sent"
+    assert_protocol(result.messages)
+    damage = compare(speech.texts, result.words)
+    return f"{damage}" if damage.words else ""
+
+
 @pytest.mark.bench
 async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto) -> None:
     """Prints, and asserts, what attackers of every kind at once cost honest clients."""
@@ -5785,37 +5820,41 @@ async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: M
     limited = ("sh", "-c", f'ulimit -n {SIEGE_DESCRIPTORS} && exec "$@"', "sh")
     endpoint.delay = 0.1
     async with FaultyS3(s3.port) as front, Scribe(env | front.env(s3), under=limited) as server:
-        calm = await defend(server, speeches)
-        fail_now_and_then(endpoint, front)
+        calm, _ = await defend(server, speeches)
         async with helper(f"attack({server.port}, {SIEGE_SECONDS})") as attackers:
-            besieged, (made, refused, admitted) = await asyncio.gather(
-                defend(server, speeches), printed(attackers)
-            )
+            fail_now_and_then(endpoint, front)
+            besieged, report = await defend(server, speeches, printed(attackers))
         endpoint.fault, front.fault = lambda post: None, lambda operation: None
-        settled = time.monotonic()
         with suppress(TimeoutError):
             await until(lambda: left(spool) == [] or server.ended, SIEGE_SETTLES)
-        settled = time.monotonic() - settled
         ended, memory, rest = server.ended, 0 if server.ended else highest_memory(server.pid), left(spool)
-    print_siege(calm, besieged, made, refused, admitted)
-    print(f"{memory / 1e6:.0f} MB, {len(rest)} files left after {settled:.0f} s, {len(endpoint.posts)} posts")
-    assert not ended, server.lines[-20:]
+        errors = [line for line in server.lines if " ERROR " in line]
+    print_siege(calm, besieged, *report)
+    print(f"{memory / 1e6:.0f} MB, {len(rest)} files left, {len(endpoint.posts)} posts, {len(errors)} errors")
+    print("\n".join(errors[:5]))
     stored = s3.objects()
-    for speech, result in zip(speeches, besieged.results, strict=True):
-        assert_protocol(result.messages)
-        assert result.complete and result.complete["gaps"] == []
-        assert compare(speech.texts, result.words) == Damage([], [], [])
-        recording = stored[result.complete["archive"]["audio"].removeprefix(f"s3://{s3.bucket}/")]
-        assert samples_of(recording) == raw(speech.samples)
-    assert admitted == []
-    assert np.percentile(besieged.delays, 95) <= np.percentile(calm.delays, 95) + SIEGE_LATE
-    assert np.percentile(besieged.lags, 99) <= SIEGE_LAG
-    assert memory < SIEGE_MEMORY
-    assert rest == []
+    harms = [harm_of(*pair, stored, s3.bucket) for pair in zip(speeches, besieged.results, strict=True)]
+    late = float(np.percentile(besieged.delays, 95) - np.percentile(calm.delays, 95))
+    lag = float(np.percentile(besieged.lags, 99))
+    wrong = {
+        f"the server has ended: {server.lines[-3:]}": ended,
+        f"honest clients were harmed: {[harm for harm in harms if harm]}": any(harms),
+        f"strangers were let in: {report[3]}": report[3],
+        f"finals come {late:.1f} s later than without attackers": late > SIEGE_LATE,
+        f"the loop hangs for {1000 * lag:.0f} ms": lag > SIEGE_LAG,
+        f"{memory / 1e6:.0f} MB of memory": memory >= SIEGE_MEMORY,
+        f"the spool still holds {rest[:4]}": rest,
+    }
+    assert not (found := [what for what, is_so in wrong.items() if is_so]), "\n".join(found)
 
 
 def print_siege(
-    calm: Defence, besieged: Defence, made: Message, refused: Message, admitted: list[str]
+    calm: Defence,
+    besieged: Defence,
+    made: Message,
+    refused: Message,
+    answered: list[str],
+    admitted: list[str],
 ) -> None:
     print("\n| | delay of finals, s | 95 % | most | pings, ms | 99 % | most | lost connections |")
     print("|---|---|---|---|---|---|---|---|")
@@ -5823,8 +5862,8 @@ def print_siege(
     print(besieged.row("siege"))
     print("\n| attack | made | of those cut short or refused |\n|---|---|---|")
     for name, count in sorted(made.items()):
-        print(f"| {name.removeprefix('attack_').replace('_', ' ')} | {count} | {refused.get(name, 0)} |")
-    print(f"admitted: {admitted or 'no stranger'}")
+        print(f"| {name.removeprefix('attack_').replace('_', ' ')} | {count} | {refused.get(name, '')} |")
+    print(f"strangers: {len(answered)} of {len(strangers())} were answered, let in: {admitted or 'none'}")
 
 
 # -----------------------------------------------------------------------------------------------------------
