@@ -1863,7 +1863,7 @@ WORD, OTHER = VOCABULARY[20], VOCABULARY[200]
 
 @contextlib.asynccontextmanager
 async def serving(
-    endpoint: Endpoint, archive: scribe.Archive | None = None, **changes: Any
+    endpoint: Endpoint, archive: scribe.Archive | None = None, /, **changes: Any
 ) -> AsyncIterator[str]:
     """The URI of a server with a spool of its own, which a Killed ends at once."""
     with tempfile.TemporaryDirectory() as spool:
@@ -5087,8 +5087,8 @@ KILLS = 1000  # seeded runs
 LIFE = (0.0, 12.0)  # seconds of a server that is killed by the clock
 OUTAGE = 3.0  # seconds of the disk, the bucket or the endpoint, at most
 KILL_PATIENCE = 90.0  # seconds without a message after which a client would give up
-MOMENTS = ("open", "post", "transcription", "settled", "gap", "filled", "end", "complete", "stored")
-MOMENTS += ("append", "remove", "store")
+EVENTS = ("open", "post", "transcription", "settled", "gap", "filled", "mark", "end", "complete", "stored")
+MOMENTS = (*EVENTS, "append", "remove", "store")
 DYING = ("before", "torn", "after")
 
 
@@ -5124,6 +5124,7 @@ class Fate:
     killed: asyncio.Event = field(default_factory=asyncio.Event)
     stored: dict[str, bytes] = field(default_factory=dict)
     happened: collections.Counter[str] = field(default_factory=collections.Counter)
+    _writes: int = 0  # that count for its death
 
     def born(self, death: Death | None) -> None:
         """Another process, which will end like this."""
@@ -5135,8 +5136,10 @@ class Fate:
         """Whether it does with this write, and how. Raises Killed if it has."""
         if self.killed.is_set():
             raise Killed
-        self._writes += bool(self.death) and self.death.kind in ("", kind)
-        if not self.death or self._writes != self.death.write:
+        if not self.death or self.death.kind not in ("", kind):
+            return ""
+        self._writes += 1
+        if self._writes != self.death.write:
             return ""
         self.killed.set()
         self.happened[f"{kind} {self.death.how}"] += 1
@@ -5907,6 +5910,11 @@ def harm_of(speech: Speech, result: Result, stored: Mapping[str, bytes], bucket:
     return f"{damage}" if damage.words else ""
 
 
+def without_names(line: str) -> str:
+    """A line of the log without its time and the names of sessions."""
+    return re.sub(r"[\w-]{22}", "…", line.partition(" ERROR ")[2])[:150]
+
+
 @pytest.mark.bench
 async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto) -> None:
     """Prints, and asserts, what attackers of every kind at once cost honest clients."""
@@ -5927,7 +5935,8 @@ async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: M
         errors = [line for line in server.lines if " ERROR " in line]
     print_siege(calm, besieged, *report)
     print(f"{memory / 1e6:.0f} MB, {len(rest)} files left, {len(endpoint.posts)} posts, {len(errors)} errors")
-    print("\n".join(errors[:5]))
+    for what, count in collections.Counter(without_names(line) for line in errors).most_common(8):
+        print(f"{count} times: {what}")
     stored = s3.objects()
     harms = [harm_of(*pair, stored, s3.bucket) for pair in zip(speeches, besieged.results, strict=True)]
     late = float(np.percentile(besieged.delays, 95) - np.percentile(calm.delays, 95))
