@@ -5888,8 +5888,8 @@ def highest_memory(pid: int) -> int:
 def fail_now_and_then(endpoint: Endpoint, front: FaultyS3) -> None:
     """The endpoint at times, the bucket half of the time and for a third of the siege altogether.
 
-    In the calm too, so that what finals come later is the attackers' doing. The endpoint never says 429: for a
-    minute behind one the desk posts less than these clients speak, whoever else is there.
+    In the calm too, so that what finals come later is the attackers' doing. The endpoint never says 429: for
+    a minute behind one the desk posts less than these clients speak, whoever else is there.
     """
     rng, began = random.Random(2), time.monotonic()
 
