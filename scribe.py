@@ -16,14 +16,13 @@ The path of the audio, from here to `main`:
     Desk        which of the requests that sessions want goes out, and when
     Budget      what may be spent
     Spool       audio and journal of each session: what has happened, and survives kill -9
-    Archive     recording and transcript to S3
-    Interims    when text is asked for before it is final, and what becomes of it
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Ending      what is left to do when its audio is over
     Server      the handshake, the sweep of the spool, the way down, and `main`
-Behind it, each readable alone: what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what
-is held until the end; recognising a stream; offline recognition.
+Behind it, each readable alone: who is let in; sessions that nobody works on; when interim text is asked for;
+what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what is held until the end;
+recognising a stream; the bucket; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -40,6 +39,8 @@ import dataclasses
 import email.utils
 import errno
 import fcntl
+import functools
+import hashlib
 import hmac
 import importlib.util
 import json
@@ -50,6 +51,7 @@ import operator
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import struct
@@ -61,7 +63,16 @@ import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -69,10 +80,11 @@ from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
@@ -117,12 +129,15 @@ class Settings:
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
+    allowed_origins: str = value(
+        "", "origins of pages, with commas, that may connect beside the server's own; *: any"
+    )
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
     concurrency: int = value(8, "endpoint requests at once", range(1, 1001))
     requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
     request_seconds: float = value(15.0, "limit of one endpoint request", (0.1, 600))
     deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
-    upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 16, 1 << 32))
+    upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 17, 1 << 32))
     interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
     session_billed_seconds: int = value(0, "cap on billed seconds of a session; 0: none", range(1 << 31))
     hourly_billed_seconds: int = value(0, "cap on billed seconds in an hour; 0: none", range(1 << 31))
@@ -222,6 +237,8 @@ def _wanted(found: Any, valid: Any) -> str:
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
 # cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
+# Reading pauses after some work, however much was fed, so that no stream holds up the others; one that costs
+# far more to read than audio does, or claims far more audio than its bytes can hold, is an error.
 #
 # Reading can also begin in mid-stream, at a `place`: what must be known of all that came before it stands
 # between `origin` and the first frame from there on. So a long stream is read back without its middle.
@@ -229,6 +246,8 @@ def _wanted(found: Any, valid: Any) -> str:
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
+COST_SECONDS, COST_SHARE = 2.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
+SPARSE_SECONDS, SPARSE_BYTES = 600.0, 32  # of audio, from which on a second has bytes; Opus is silent with 60
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
 
@@ -256,11 +275,12 @@ class Format:
     def __init__(self) -> None:
         self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
         self.error: FormatError | None = None  # the stream cannot be read further
+        self.paused = False  # there is more to be read in what was fed
         self.offset, self.buffer = 0, bytearray()  # what is not yet read, and where in the stream it begins
         self.origin, self._heard = 0, -1  # where the recording begins that is being read, and its last frame
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are whole with the next piece of the stream, of any size."""
+        """The frames that are whole with the next piece of the stream, of any size; some, if it `paused`."""
         if self.error:
             return []
         self.buffer += data
@@ -278,12 +298,12 @@ class Format:
 
     def place(self) -> int | None:
         """Where reading may begin again; None where what stands at `origin` is not enough for that."""
-        return self.offset if self._heard >= self.origin else None
+        return self.offset if self._heard >= self.origin and not self.paused else None
 
     def jump(self, offset: int) -> None:
         """Go on at a place, or begin at an origin. What lies before it is not read."""
         self.buffer.clear()
-        self.offset = offset
+        self.offset, self.paused = offset, False
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
@@ -374,11 +394,12 @@ class Stream:
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
         self.offset, self.ended, self._failed = 0, False, False  # bytes that were fed; failure was told
+        self._cost = 0.0  # seconds of CPU
         self._head = b"" if name == "auto" else None  # the stream as long as it does not tell its format
-        self._limit = limit  # bytes of what can only be held
+        self._limit = limit  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are now whole."""
+        """The frames that are now whole; if the format has paused, the next need no more data."""
         self.offset += len(data)
         if self._head is not None and not self.format.error:
             self._head += data
@@ -390,7 +411,22 @@ class Stream:
             if not found:
                 return []
             data, self.format, self._head = self._head, found, None
-        return self.format.feed(data)
+        frames = self.format.feed(data)
+        if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
+            self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
+        return frames
+
+    def weigh(self, cost: float, seconds: float) -> None:
+        """End a stream that is not worth its bytes: add its cost in seconds of CPU; its length so far."""
+        self._cost += cost
+        if self._cost > COST_SECONDS + COST_SHARE * seconds:
+            self._refuse("it costs far more to read than audio does")
+        if seconds > SPARSE_SECONDS + self.offset / SPARSE_BYTES:
+            self._refuse(f"it claims {seconds:.0f} seconds of audio, and holds none")
+
+    def _refuse(self, why: str) -> None:
+        self.format.error = self.format.error or FormatError(f"Byte {self.offset}: {why}. {CONVERT}")
+        self.format.paused = False
 
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
@@ -400,15 +436,17 @@ class Stream:
             self.format.error = FormatError(what)
         return self.format.end()
 
-    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> None:
-        """Be as if all before a mark had been fed; only the beginnings are read. Raises FormatError."""
+    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
+        """Be, step by step, as if all before a mark had been fed: beginnings are read. Raises FormatError."""
         if not mark.place:
             return
         while self.format.origin < mark.origin or self.format.place() is None:
-            data = read(self.offset, max(0, min(mark.place - self.offset, LARGEST_HEAD)))
+            size, paused = max(0, min(mark.place - self.offset, PIECE_BYTES)), self.format.paused
+            data = b"" if paused else read(self.offset, size)
             self.feed(data)
-            if self.format.error or not data:
+            if self.format.error or not (data or paused):
                 raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
+            yield
             if self._head is None and self.offset < mark.origin:
                 self.offset = mark.origin
                 self.format.jump(mark.origin)
@@ -486,7 +524,7 @@ class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        offsets, sizes, ends, levels = columns or (array("Q"), array("I"), array("d"), array("f"))
+        offsets, sizes, ends, levels = columns or (array("Q"), array("Q"), array("d"), array("f"))
         self.columns = (offsets, sizes, ends, levels)
         self.offsets, self.sizes = offsets, sizes  # bytes of the stream
         self.ends, self.levels = ends, levels  # seconds of the session's audio; dBFS
@@ -525,6 +563,29 @@ class Window:
     speech: float  # so much of it is speech
     clean: bool  # it ends in a pause, not in what may be a word
     frames: Frames  # from LOOKBACK_SECONDS before its start, as far as there are any
+
+    @property
+    def bytes(self) -> int:
+        """Of the stream, from its first frame to its last."""
+        frames, first = self.frames, self.frames.index(self.start)
+        return (
+            frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if first < len(frames.ends) else 0
+        )
+
+    def parts(self, most: int) -> Iterator[Window]:
+        """This window in pieces of so many bytes of the stream at most, or of one frame."""
+        rest = self
+        while rest.bytes > most:
+            frames, first = rest.frames, rest.frames.index(rest.start)
+            behind = max(first + 1, bisect_right(frames.offsets, frames.offsets[first] + most) - 1)
+            if behind == len(frames.ends):
+                break
+            cut = frames.ends[behind - 1]
+            front = frames.between(rest.start - LOOKBACK_SECONDS, cut)
+            yield Window(rest.start, cut, rest.first, max(rest.first, cut), cut - rest.start, False, front)
+            back = frames.between(cut - LOOKBACK_SECONDS, rest.end)
+            rest = Window(cut, rest.end, max(cut, rest.first), rest.last, rest.end - cut, rest.clean, back)
+        yield rest
 
     def since(self, start: float) -> Window:
         """The same window, heard from another time on."""
@@ -908,7 +969,7 @@ class Desk:
         self._failures = 0  # in a row
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+    async def final(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that must be answered; `prepare` gives it once there is a slot.
 
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
@@ -919,7 +980,7 @@ class Desk:
             async with self._slot(session, math.inf):
                 asked = self._clock()
                 try:
-                    return await self._ask(prepare())
+                    return await self._ask(await prepare())
                 except EndpointError as error:
                     delay = max(error.wait, _backoff(attempt))
                     left -= self._clock() - asked + delay
@@ -928,10 +989,10 @@ class Desk:
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Callable[[], Post]) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
-            return await self._ask(prepare())
+            return await self._ask(await prepare())
 
     def spare(self) -> bool:
         """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
@@ -1099,7 +1160,9 @@ class Budget:
 # ------------------------------------------------------------------------------------------------------------
 
 JOURNAL_BYTES = 1 << 16  # of events that are read at once
+ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
+OBJECTS = ("audio", "transcript")  # of a session, in the bucket
 
 Message = dict[str, Any]  # as it is sent; also an event of the journal, whose `message` is what was sent
 
@@ -1109,18 +1172,24 @@ class SpoolError(Exception):
 
 
 class Locked(SpoolError):
-    """Another process works on the session."""
+    """The session cannot be had now: another process works on it, or there is no room."""
 
 
 class Unreadable(SpoolError):
     """The files of a session make no sense."""
 
 
+def alias(session: str) -> str:
+    """What a session is called in logs and keys: its id is enough to resume it, this opens nothing."""
+    return hashlib.blake2b(session.encode(), digest_size=8).hexdigest()
+
+
 class Recording:
     """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
 
     def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
-        self.session = session
+        self.session = session  # its id, which is enough to resume it
+        self.name = alias(session)
         self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
         self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
         try:
@@ -1131,7 +1200,8 @@ class Recording:
             os.close(self._file)
             raise
         self.size = os.fstat(self._file).st_size  # bytes received
-        self.end = self._journal.stat().st_size if self._journal.exists() else 0  # bytes of the journal
+        self.begun = self._journal.exists()  # else it was to be removed, or never begun
+        self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
 
     def append(self, audio: bytes) -> None:
         """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
@@ -1185,6 +1255,12 @@ class Recording:
                 yield event, place
             await asyncio.sleep(0)
 
+    async def segments(self) -> list[Message]:
+        """All final text, in the order of time."""
+        past = [event.get("message", {}) async for event, _ in self.history()]
+        found = [message for message in past if message.get("type") == "transcription"]
+        return sorted(found, key=lambda message: float(message["start"]))
+
     def touch(self) -> None:
         """Let the grace time begin now, if the disk allows."""
         with contextlib.suppress(OSError):
@@ -1200,6 +1276,12 @@ class Recording:
         self._journal.unlink(missing_ok=True)
         self._audio.unlink(missing_ok=True)
 
+    def set_aside(self) -> str:
+        """Give the files a name under which no session is looked for; gives it. Audio alone is removed."""
+        for path in (self._audio, self._journal):
+            path.rename(path.with_name(f"{ASIDE}{self.name}{path.suffix}"))
+        return ASIDE + self.name
+
 
 class Spool:
     """The directory of the sessions' files, which only their owner can read."""
@@ -1207,7 +1289,7 @@ class Spool:
     def __init__(self, settings: Settings) -> None:
         self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
         self._started = time.time()
-        self.full = False  # as of the last sweep
+        self.full, self.aside = False, 0  # as of the last sweep; and how many sessions were given up
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._directory).close()
@@ -1222,9 +1304,14 @@ class Spool:
             raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
 
     def open(self, session: str) -> Recording:
-        """A session that is there. Raises SpoolError, or Locked if it is another process's."""
+        """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
         try:
-            return Recording(self._directory, session)
+            recording = Recording(self._directory, session)
+            if recording.begun and recording.end + recording.size:
+                return recording
+            recording.remove()  # what a crash has left of its beginning or its removal: nobody will miss it
+            recording.release()
+            raise FileNotFoundError
         except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
         except OSError as error:  # its lock is held, or there are no descriptors left
@@ -1242,7 +1329,10 @@ class Spool:
                 total += stat.st_size
                 touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
         self.full = total >= self._limit
-        return [n for n, when in touched.items() if time.time() - when >= grace and SESSION_ID.fullmatch(n)]
+        names = [path.stem for path in paths if path.suffix == ".audio"]
+        self.aside = sum(name.startswith(ASIDE) for name in names)
+        now = time.time()
+        return [n for n in names if SESSION_ID.fullmatch(n) and now - touched.get(n, now) >= grace]
 
 
 class Gap(NamedTuple):
@@ -1259,7 +1349,7 @@ class State:
     open: the session began. post: a request went out. transcription: there is final text; with `found`, for
     the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
     in the gap that starts at `found`. mark: reading may begin again here. end: no more audio will come.
-    complete: all that can be transcribed is. stored: the bucket has it all.
+    complete: all that can be transcribed is. stored: the bucket has an object of it.
     """
 
     def __init__(self) -> None:
@@ -1269,7 +1359,7 @@ class State:
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
-        self.stored = False
+        self._stored: set[str] = set()  # what the bucket has
 
     @property
     def sequence(self) -> int:
@@ -1280,6 +1370,11 @@ class State:
     def over(self) -> bool:
         """Whether no more audio will come."""
         return bool(self.reason)
+
+    @property
+    def unstored(self) -> list[str]:
+        """What the bucket does not have."""
+        return [name for name in OBJECTS if name not in self._stored]
 
     def apply(self, event: Message, place: int) -> None:
         """Let an event have happened, which ends at a place in the journal."""
@@ -1303,7 +1398,9 @@ class State:
             case "complete":
                 self.summary = event["summary"]
             case "stored":
-                self.stored = True
+                self._stored |= (
+                    {event["object"]} if "object" in event else set(OBJECTS)
+                )  # at once in version 1
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1316,76 +1413,6 @@ class State:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
-#
-# A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
-# the window is, and at a pause that may end the window: then its answer may be the final.
-# ------------------------------------------------------------------------------------------------------------
-
-SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
-INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
-INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
-FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A window on its way to text, and what became of it."""
-
-    window: Window
-    launched: bool = False  # a task has it
-    posted: bool = False  # the endpoint has it: nothing can be added to it
-    prompt: str = ""  # that it was posted with
-    outcome: Hypothesis | EndpointError | None = None
-
-
-class Interims:
-    """The requests for interim text of one session; one is in flight at most."""
-
-    def __init__(self, seconds: float) -> None:
-        self.asking = False  # one is in flight
-        self.paused = False  # the client was told that there are none for now
-        self._seconds = seconds  # INTERIM_SECONDS
-        self._asked = 0.0  # the end of the last one, seconds of audio
-        self._latest: Pending | None = None  # the last one of the open window
-        self._shown: Pending | None = None  # the last one whose text was taken
-
-    def fresh(self, segmenter: Segmenter) -> float:
-        """Seconds of the open window that no request has heard."""
-        return segmenter.now - max(self._asked, segmenter.first)
-
-    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
-        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
-        length = segmenter.now - max(segmenter.start, resume)
-        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
-        much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
-        unheard = segmenter.open and segmenter.last > self._asked
-        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
-
-    def ask(self, window: Window) -> Pending:
-        """Begin a request."""
-        self._asked, self.asking, self.paused = window.end, True, False
-        self._latest = Pending(window, launched=True)
-        return self._latest
-
-    def answer(self) -> tuple[Hypothesis, Window] | None:
-        """What the last request has brought, once."""
-        latest = self._latest
-        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
-            return None
-        self._shown = latest
-        return latest.outcome, latest.window
-
-    def turn(self, window: Window) -> Pending | None:
-        """The last request as that of a window that ends, if it has heard all speech of it."""
-        latest, self._latest = self._latest, None
-        if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
-            return None
-        latest.window = window.since(latest.window.start)
-        return latest
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Client: what one connection is told, by one writer.
 #
 # What the journal has for a client is read from there when the connection takes it, so nothing piles up for
@@ -1393,15 +1420,9 @@ class Interims:
 # few, and the newest interim, which is behind all else.
 # ------------------------------------------------------------------------------------------------------------
 
-NOTICES = 250  # that wait for a client, all of a damaged stream among them; with more it is cut off
+ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
 SEND_SECONDS = 20.0  # for a client to take a message
-CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = (
-    1000,
-    1003,
-    1008,
-    1011,
-    1012,
-)  # RFC 6455
+CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012
 
 
 def status_message(status: str, message: str, **more: Any) -> Message:
@@ -1421,6 +1442,7 @@ class Client:
         self.done = asyncio.Event()  # nothing more will be sent
         self.answered = 0  # the code of the close that it answered: it has all that was sent
         self.notices: deque[Message] = deque()
+        self._errors = 0
         self._connection, self._wake = connection, asyncio.Event()
         self._recording: Recording | None = None
         self._place = 0  # in its journal: what is before it was sent
@@ -1434,10 +1456,14 @@ class Client:
 
     def say(self, notice: Message) -> None:
         """Send what is not in the journal."""
-        self.notices.append(notice)
-        self._wake.set()
-        if len(self.notices) > NOTICES:
-            self._connection.transport.abort()
+        self._errors += notice["type"] == "error"
+        if self._errors < ERRORS:
+            self.notices.append(notice)
+            self._wake.set()
+            return
+        text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
+        self.notices.clear()
+        self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
 
     def show(self, interim: Message | None = None) -> None:
         """Send an interim; without one, what is new in the journal: an interim that waits is older."""
@@ -1502,17 +1528,29 @@ class Client:
 # ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
-TURN_SECONDS, PIECE_BYTES = 0.01, 1 << 14  # that a session listens at a time; between two looks at the clock
+TURN_SECONDS, PIECE_BYTES = 0.01, 1 << 14  # that a session listens at a time; that it reads at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
 IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
-FLIGHTS = 4  # requests of one session at once
+FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
 FORM_BYTES = 1 << 13  # of a request beside the file
+WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
 MARK_SECONDS = 60.0  # of audio between two marks
 ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A window on its way to text, and what became of it."""
+
+    window: Window
+    launched: bool = False  # a task has it
+    posted: bool = False  # the endpoint has it: nothing can be added to it
+    prompt: str = ""  # that it was posted with
+    outcome: Hypothesis | EndpointError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1524,7 +1562,7 @@ class Services:
     spool: Spool
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
-    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one listens
+    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one goes on
 
 
 class Session:
@@ -1567,20 +1605,23 @@ class Session:
 
     @classmethod
     def restore(cls, services: Services, recording: Recording) -> Session:
-        """The session of these files; it reads them when it runs. Raises Unreadable, and lets go of them."""
+        """The session of these files; it reads them when it runs. Raises SpoolError."""
         try:
             first, _ = next(iter(recording.events()), ({}, 0))
-            if not first and not recording.size:
-                recording.remove()  # begun, and nothing more
             return cls(services, recording, Options(**first["options"]))
-        except (KeyError, OSError, TypeError) as error:
-            recording.release()
-            raise Unreadable(f"the journal of {recording.session} cannot be read: {error!r}") from error
+        except OSError as error:
+            raise SpoolError(f"the journal cannot be read: {error.strerror}") from error
+        except (KeyError, TypeError) as error:
+            raise Unreadable(f"the journal cannot be read: {error!r}") from error
+
+    @property
+    def _room(self) -> int:
+        """For the file in a request, in bytes."""
+        return self.services.settings.upload_bytes - FORM_BYTES
 
     def listen_anew(self) -> Stream:
         """The stream, of which nothing is heard yet."""
-        most = self.services.settings.upload_bytes - FORM_BYTES
-        return Stream(self.options.format, self.options.rate, self.options.channels, most)
+        return Stream(self.options.format, self.options.rate, self.options.channels, self._room)
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
@@ -1614,6 +1655,7 @@ class Session:
         self._inbox_bytes += len(message) + INBOX_EACH
         if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
             self._wake.set()
+            await asyncio.sleep(0)  # else who sends many would have a turn for all of them
         if self._inbox_bytes >= INBOX_LIMIT:
             self._taken.clear()
             await self._taken.wait()
@@ -1639,8 +1681,8 @@ class Session:
             client.close(CLOSE_RESTART, "restart", status_message("draining", text, received=received))
             await client.done.wait()
 
-    async def run(self) -> None:
-        """Work until the session is stored, or at rest. Raises SpoolError."""
+    async def run(self) -> bool:
+        """Work until the session is over or at rest; whether it waits for the bucket. Raises SpoolError."""
         tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -1664,6 +1706,7 @@ class Session:
             self._ended = True
             self.known.set()
             self._taken.set()
+        return self._ending.waits
 
     def _idle(self) -> bool:
         return not (self._inbox or self._behind() or self._pending or self._interims.asking)
@@ -1690,9 +1733,10 @@ class Session:
         try:
             async for event, place in self.recording.history():
                 self.state.apply(event, place)
-            self.stream.go_on(self.state.marks[0], self.recording.read)
+            for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
+                await asyncio.sleep(0)
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
-            raise Unreadable(f"the journal of {self.recording.session} cannot be read: {error!r}") from error
+            raise Unreadable(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
         self.known.set()
 
@@ -1724,19 +1768,18 @@ class Session:
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
-        unheard = self.recording.size - self.stream.offset or self._flushes
+        unheard = self.recording.size - self.stream.offset or self._flushes or self.stream.format.paused
         return bool(unheard) or self.state.over > self.stream.ended
 
     async def _listen(self) -> None:
-        """Hear what the spool has more. Of the sessions that are far behind one at a time does."""
-        if self.recording.size - self.stream.offset <= INBOX_BYTES:
-            self._hear()
-        else:
-            async with self.services.listening:
-                self._hear()
-                await asyncio.sleep(0)
+        """Hear what the spool has more. Of those for whom a turn is too short one at a time goes on."""
+        self._hear()
+        if len(self._pending) >= WAITING:
+            return
         if self._behind():
             self._wake.set()
+            async with self.services.listening:
+                await asyncio.sleep(0)
             return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
@@ -1745,12 +1788,14 @@ class Session:
             self._queue(self.segmenter.flush())
 
     def _hear(self) -> None:
-        stream, until = self.stream, self._clock() + TURN_SECONDS
-        while self._behind() and self._clock() < until:
+        stream, until, begun = self.stream, self._clock() + TURN_SECONDS, time.thread_time()
+        while self._behind() and self._clock() < until and len(self._pending) < WAITING:
             stop = self._flushes[0] if self._flushes else self.recording.size
-            if stream.offset < stop:
+            if stream.offset < stop or stream.format.paused:
                 size = min(PIECE_BYTES, stop - stream.offset)
-                frames = stream.feed(self.recording.read(stream.offset, size))
+                frames = stream.feed(
+                    b"" if stream.format.paused else self.recording.read(stream.offset, size)
+                )
                 self.segmenter.limit = self._within(LIMIT_SECONDS)
                 self._queue(self.segmenter.feed(frames))
                 self._mark()
@@ -1759,6 +1804,7 @@ class Session:
                 self._queue(self.segmenter.flush())
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
+        stream.weigh(time.thread_time() - begun, self.segmenter.now)
         for code, text in stream.complaints():
             self._say(error_message(code, text, fatal=code == "format"))
         if stream.format.error:
@@ -1776,8 +1822,8 @@ class Session:
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
-        rate, most = self.stream.format.posted_rate, self.services.settings.upload_bytes - FORM_BYTES
-        return min(seconds, max(MIN_POST_SECONDS, most / rate - LOOKBACK_SECONDS)) if rate else seconds
+        rate = self.stream.format.posted_rate
+        return min(seconds, max(MIN_POST_SECONDS, self._room / rate - LOOKBACK_SECONDS)) if rate else seconds
 
     def _acknowledge(self) -> None:
         now, size = self.segmenter.now, self.recording.size
@@ -1790,14 +1836,15 @@ class Session:
 
     def _queue(self, windows: Sequence[Window]) -> None:
         """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
-        for window in windows if self.state.summary is None else ():
+        most = min(WINDOW_BYTES, self._room // 2)
+        for window in (part for whole in windows for part in whole.parts(most)):
             interim = self._interims.turn(window)
             last = self._pending[-1] if self._pending else None
             near = last and window.start - last.window.end <= MERGE_GAP_SECONDS
             fits = last and window.end - last.window.start <= self._within(MERGE_SECONDS)
-            if last and near and fits and not last.posted:
+            if last and near and fits and not last.posted and last.window.bytes + window.bytes <= most:
                 last.window = last.window.joined(window)
-            else:
+            elif self.state.summary is None:
                 self._pending.append(interim if interim and not last else Pending(window))
 
     def _launch(self) -> None:
@@ -1824,18 +1871,25 @@ class Session:
             pending.outcome = error
         self._wake.set()
 
-    def _post(self, pending: Pending, prompted: bool = True) -> Post:
-        """A window as it is posted, which costs money from here on. Its frames are read from the spool."""
+    async def _post(self, pending: Pending, prompted: bool = True) -> Post:
+        """A window as it is posted, which costs money from here on. Its frames are read from the spool.
+
+        They become a file in a thread, for to convert floats takes a while. EndpointError: it is too large.
+        """
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
         window, form = pending.window, self.stream.format
         frames = window.frames.between(window.start - form.lead, window.end)
+        pending.posted, pending.prompt, content = True, "", b""
         begin, end = frames.offsets[0], frames.offsets[-1] + frames.sizes[-1]
-        audio = self.recording.read(begin, end - begin)
-        places = zip(frames.offsets, frames.sizes, strict=True)
-        pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-        file = (f"audio.{form.extension}", form.file(pieces, frames.index(window.start)), form.media_type)
-        pending.posted, pending.prompt = True, ""
+        if end - begin <= self._room:
+            audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
+            places = zip(frames.offsets, frames.sizes, strict=True)
+            pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
+            content = await asyncio.to_thread(form.file, pieces, lead)
+        if not 0 < len(content) <= self._room:
+            raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
+        file = (f"audio.{form.extension}", content, form.media_type)
         if prompted:
             room = max(0, PROMPT_CHARACTERS - len(self.options.prompt) - 1)
             carried = self.state.transcript.prompt(window.start)
@@ -1855,7 +1909,7 @@ class Session:
                 self._advance(transcript.settle(outcome, window, again))
                 continue
             start, end = max(window.start, transcript.heard), window.end
-            log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.session, start, end, outcome)
+            log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
             text = f"No text for this part yet: {outcome}. It is tried again before `complete`."
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
@@ -1935,19 +1989,19 @@ def span(timed: Word | Segment | Gap) -> dict[str, float]:
 # Ending: what is left to do when all audio of a session is heard.
 #
 # The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
-# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; the
-# upload goes on until it succeeds.
+# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; then
+# the session is at rest, and the sweep comes back to it until the bucket has it.
 # ------------------------------------------------------------------------------------------------------------
-
-STORE_LEAST, STORE_MOST = 1.0, 60.0  # seconds between two attempts to store a session
 
 
 class Ending:
     """The end of one session."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._archive = session, session.services.archive
-        self._begun = self.over = False  # over: nothing is left to do
+        self._session, self._deposit = session, Deposit(session)
+        self._begun = self.over = self.waits = (
+            False  # over: nothing is left to do now, or only for the bucket
+        )
         self._ready = False  # `complete` may be said
         self._told: Client | None = None  # the last one to whom it was
 
@@ -1956,12 +2010,9 @@ class Ending:
         session, summary = self._session, self._session.state.summary
         if not (self._ready and summary and session.client):
             return
-        text, more = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed.", {}
-        if self._archive:
-            places = {name: self._archive.address(key) for name, key in self._keys().items()}
-            more["archive"] = {**places, "stored": session.state.stored}
+        text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
         self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
-        self._told.close(code, last=status_message("complete", text, **summary, **more))
+        self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
 
     def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
         """Begin, once; wake the session when it is over."""
@@ -1975,7 +2026,7 @@ class Ending:
             await self._fill_gaps()
             session.note("complete", summary=await self._sum_up())
         async with asyncio.TaskGroup() as group:
-            upload = group.create_task(self._store())
+            upload = group.create_task(self._deposit.store())
             await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
             self._ready = True
             self.announce()
@@ -1984,46 +2035,46 @@ class Ending:
             session.done.set()
         if self._told:  # perhaps another one, that came meanwhile
             await self._told.done.wait()
-        if session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT)):
+        left = session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT))
+        if left and self._deposit.done:
             session.recording.remove()
-        self.over = True
+        self.over, self.waits = True, not self._deposit.done
         wake.set()
 
     async def _fill_gaps(self) -> None:
         places = asyncio.Semaphore(FLIGHTS)
         async with asyncio.TaskGroup() as group:
-            for gap in sorted(self._session.state.gaps):
+            async for window in self._windows(sorted(self._session.state.gaps)):
                 await places.acquire()
-                group.create_task(self._fill(gap, places))
+                group.create_task(self._fill(window, places))
 
-    async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
-        session, pending = self._session, Pending(await self._window(gap))
+    async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
+        session, pending = self._session, Pending(window)
         await session.transcribe(pending)
         places.release()
         if isinstance(pending.outcome, Hypothesis):
-            segment = Transcript(gap.start).settle(pending.outcome, pending.window).segment
+            segment = Transcript(window.start).settle(pending.outcome, pending.window).segment
             message = {"message": session.final(segment, late=True)} if segment else {}
-            session.note("transcription" if segment else "filled", found=gap.start, **message)
+            session.note("transcription" if segment else "filled", found=window.start, **message)
 
-    async def _window(self, gap: Gap) -> Window:
-        """The window of a gap: its frames are found again, from its mark on."""
-        session, frames, now = self._session, Frames(), gap.mark.seconds
-        stream = session.listen_anew()
-        stream.go_on(gap.mark, session.recording.read)
-        while now < gap.end and not stream.ended:
-            data = session.recording.read(stream.offset, PIECE_BYTES)
-            for frame in stream.feed(data) if data else stream.end():
-                now += frame.seconds
-                frames.append(frame, now)
-            frames.forget(gap.start - LOOKBACK_SECONDS)
-            await asyncio.sleep(0)
-        frames = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
-        return Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, frames)
-
-    async def _segments(self) -> list[Message]:
-        past = [event.get("message", {}) async for event, _ in self._session.recording.history()]
-        segments = [message for message in past if message.get("type") == "transcription"]
-        return sorted(segments, key=lambda segment: float(segment["start"]))
+    async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
+        """The windows of gaps, in order; their frames are found again, from their marks on."""
+        session, now = self._session, -1.0
+        for gap in gaps:
+            if now < gap.mark.seconds:
+                stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
+                for _ in stream.go_on(gap.mark, session.recording.read):
+                    await asyncio.sleep(0)
+            while now < gap.end and not stream.ended:
+                paused = stream.format.paused
+                data = b"" if paused else session.recording.read(stream.offset, PIECE_BYTES)
+                for frame in stream.feed(data) if data or paused else stream.end():
+                    now += frame.seconds
+                    frames.append(frame, now)
+                frames.forget(gap.start - LOOKBACK_SECONDS)
+                await asyncio.sleep(0)
+            found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+            yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
@@ -2031,36 +2082,10 @@ class Ending:
         usage = {"audio_seconds": round(seconds, 3), "posted_seconds": round(spent.posted, 3)}
         usage |= {"billed_seconds": spent.billed, "requests": spent.requests}
         usage["factor"] = round(spent.posted / seconds, 3) if seconds else 0.0
-        what = (session.recording.session, session.state.reason, json.dumps(usage), len(gaps))
+        what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
-        text = " ".join(segment["text"] for segment in await self._segments())
+        text = " ".join(segment["text"] for segment in await session.recording.segments())
         return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
-
-    def _keys(self) -> dict[str, str]:
-        key = f"{self._session.state.opened[:10].replace('-', '/')}/{self._session.recording.session}"
-        return {"audio": f"{key}.{self._session.stream.format.archive[0]}", "transcript": f"{key}.json"}
-
-    async def _store(self) -> None:
-        """Put recording and transcript into the bucket, however long it takes; of no audio there are none."""
-        session, recording, form = self._session, self._session.recording, self._session.stream.format
-        if self._archive is None or not recording.size or session.state.stored:
-            return
-        keys, (header, begin, size) = self._keys(), form.stored(recording.size)
-        about: Message = {"session": recording.session, "opened": session.state.opened}
-        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
-        text = json.dumps({**about, "segments": await self._segments()}, ensure_ascii=False).encode()
-        audio = Upload(keys["audio"], form.archive[1], header, recording, begin, size)
-        delay = STORE_LEAST
-        while True:
-            try:
-                await self._archive.store(audio)
-                await self._archive.store(Upload(keys["transcript"], "application/json", text, recording))
-                session.note("stored")
-                return
-            except ArchiveError as error:
-                log.warning("session %s: not stored yet, the spool keeps it: %s", recording.session, error)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, STORE_MOST)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2070,25 +2095,11 @@ class Ending:
 # into its session and one that writes what the session says. The session has its own, which outlives them.
 # ------------------------------------------------------------------------------------------------------------
 
-SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+RESTORES = 64  # sessions that are read back at once
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
 MAX_MESSAGE_BYTES = 1 << 20
 OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 17  # of mallopt(3): bytes, from which on blocks are given back
-
-
-class Refusal(Exception):
-    """A handshake's answer that is no connection."""
-
-    def __init__(self, status: int, message: str, retry: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.retry = status, retry
-
-
-class Connection(ServerConnection):
-    """A connection with what its handshake has settled."""
-
-    options: Options
 
 
 class Server:
@@ -2096,16 +2107,17 @@ class Server:
 
     def __init__(self, services: Services) -> None:
         self._services, self._settings, self._draining = services, services.settings, False
-        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", self._settings.scribe_tokens)]
+        self._door = Door(self._settings)
         self._caveat = " Offline recognition: English only, and rough." if self._settings.offline else ""
         self._sessions: dict[str, Session] = {}
         self._works: dict[str, asyncio.Task[None]] = {}
-        self._hopeless: set[str] = set()  # sessions that cannot be finished
+        self._sweep = Sweep(services, self._sessions, self._find)
         self._tasks: asyncio.TaskGroup
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"create_connection": Connection, "process_request": self._check}
+        connection = functools.partial(Connection, self._door)
+        hooks: dict[str, Any] = {"create_connection": connection, "process_request": self._check}
         hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         async with (
@@ -2114,7 +2126,7 @@ class Server:
         ):
             for socket in listener.sockets:
                 log.info("listening on %s port %d", *socket.getsockname()[:2])
-            sweep = self._tasks.create_task(self._sweep())
+            sweep = self._tasks.create_task(self._sweep.run())
             await stop.wait()
             sweep.cancel()
             await self._drain()
@@ -2132,28 +2144,18 @@ class Server:
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
         if path == "/healthz" or (path == "/readyz" and not self._draining):
-            return connection.respond(200, "ok\n")
+            aside = self._services.spool.aside
+            return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
         try:
             if self._draining:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
-            self._authorize(query, request.headers.get("Authorization", ""))
+            self._door.check(cast(Connection, connection), request.headers, query)
             cast(Connection, connection).options = self._admit(query)
         except Refusal as refusal:
-            response = connection.respond(refusal.status, f"{refusal}\n")
-            if refusal.retry:
-                response.headers["Retry-After"] = str(refusal.retry)
-            return response
+            return refusal.answer(connection)
         return None
-
-    def _authorize(self, query: str, authorization: str) -> None:
-        scheme, _, bearer = authorization.partition(" ")
-        shown = [bearer.strip()] * (scheme.lower() == "bearer")
-        shown += [text for name, text in parse_qsl(query) if name == "token"]
-        right = [hmac.compare_digest(text.encode(), token) for text in shown for token in self._tokens]
-        if self._tokens and not any(right):
-            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
 
     def _admit(self, query: str) -> Options:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
@@ -2170,16 +2172,27 @@ class Server:
         if session and session.known.is_set() and options.after > session.state.sequence:  # else it says so
             raise Refusal(400, f"after: the last sequence number is {session.state.sequence}")
         active = sum(not session.state.over for session in self._sessions.values())
-        if not options.session and active >= self._settings.max_sessions:
+        full = active >= self._settings.max_sessions or len(self._sessions) >= self._door.room
+        if not options.session and full:
             raise Refusal(503, "The server is full.", RETRY_FULL)
         if not options.session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
         return options
 
     def _find(self, name: str) -> Session:
-        """A session from here or from the spool. Raises SpoolError, Locked if it is another server's."""
-        known = self._sessions.get(name)
-        return known or self._start(Session.restore(self._services, self._services.spool.open(name)))
+        """A session from here or from the spool. Raises SpoolError, Locked if it cannot be had now."""
+        if known := self._sessions.get(name):
+            return known
+        reading = sum(not session.known.is_set() for session in self._sessions.values())
+        if reading >= RESTORES or len(self._sessions) >= self._door.room:
+            raise Locked("the server is full: try again in a second")
+        recording = self._services.spool.open(name)
+        try:
+            return self._start(Session.restore(self._services, recording))
+        except SpoolError as error:
+            self._sweep.failed(recording, error)
+            recording.release()
+            raise
 
     def _start(self, session: Session) -> Session:
         name = session.recording.session
@@ -2198,7 +2211,7 @@ class Server:
                 else:
                     session, status = self._start(Session.begin(self._services, options)), "ready"
                     text = "Connected. Send audio, then END."
-                    log.info("session %s: begun, %s", session.recording.session, options.format)
+                    log.info("session %s: begun, %s", session.recording.name, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
                 try:
                     with contextlib.suppress(ConnectionClosed):
@@ -2214,40 +2227,26 @@ class Server:
         """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
         message = ""
         try:
-            await session.run()
+            if await session.run():
+                self._sweep.postpone(name)
+            else:
+                self._sweep.forget(name)
         except* SpoolError as errors:
             error: BaseException = errors
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
-            log.error("session %s: %s", name, error)
             message = f"{error}. What was received before is safe."
-            self._hopeless |= {name} if isinstance(error, Unreadable) else set()
-        except* Exception:
-            log.exception("session %s failed", name)
+            self._sweep.failed(session.recording, error)
+        except* Exception as errors:
+            log.error("session %s failed", session.recording.name, exc_info=errors)
             message = "The session failed. What was received is safe: resume later."
-            self._hopeless.add(name)
+            self._sweep.failed(session.recording, errors)
         finally:
             if message and session.client:
                 session.client.close(CLOSE_FAILED, "failed", error_message("failed", message, fatal=True))
             del self._sessions[name], self._works[name]
             session.done.set()
             session.recording.release()
-
-    async def _sweep(self) -> None:
-        """Finish the sessions that nobody came back to, whichever server began them."""
-        grace = self._settings.grace_seconds
-        while True:
-            for session in self._sessions.values():
-                session.recording.touch()
-            for name in set(self._services.spool.sweep(grace)) - self._sessions.keys() - self._hopeless:
-                try:
-                    await self._find(name).abandon()
-                except Unreadable as error:
-                    log.error("session %s cannot be finished: %s", name, error)
-                    self._hopeless.add(name)
-                except SpoolError:  # of another server, or just gone; or nothing can be written now
-                    continue
-            await asyncio.sleep(min(max(SWEEP_LEAST, grace * SWEEP_SHARE), SWEEP_MOST))
 
 
 async def run(settings: Settings) -> None:
@@ -2298,6 +2297,314 @@ def main() -> int:
         print(f"scribe: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueRefused) else 1
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Door: who is let in.
+#
+# A handshake is refused as plain HTTP. Any page that the operator visits can reach a server on his machine,
+# but not hide where it comes from: pages of the server's own host are let in, and those of ALLOWED_ORIGINS.
+# Every connection holds a descriptor, and so may its session, so they are counted from the first byte on; of
+# those that have not asked for anything the oldest gives way to the next.
+# ------------------------------------------------------------------------------------------------------------
+
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
+MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
+SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
+UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
+LEAST_ROOM, FINISHING = (
+    8,
+    2,
+)  # sessions that run at least; so many times MAX_SESSIONS with those that are over
+TAKEN_BYTES, TAKEN_SECONDS = (
+    1 << 13,
+    0.01,
+)  # at a time, which may be a thousand frames; until it is tried again
+UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
+
+
+def descriptors() -> int:
+    """How many this process may have, the soft limit raised to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Refusal(Exception):
+    """A handshake's answer that is no connection."""
+
+    def __init__(self, status: int, message: str, retry: int = 0) -> None:
+        super().__init__(message)
+        self._status, self._retry = status, retry
+
+    def answer(self, connection: ServerConnection) -> Response:
+        """What is sent."""
+        response = connection.respond(self._status, f"{self}\n")
+        if self._retry:
+            response.headers["Retry-After"] = str(self._retry)
+        return response
+
+
+class Connection(ServerConnection):
+    """A connection, counted at the door, with what its handshake has settled."""
+
+    options: Options
+
+    def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
+        self._untaken = bytearray()  # what came and is not read yet
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._door.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._untaken.clear()
+        super().connection_lost(exc)
+        self._door.leave(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, a few in a turn of the loop: there may be thousands of frames in them."""
+        if not self._untaken and len(data) <= TAKEN_BYTES:
+            self._take(data)
+            return
+        if not self._untaken:
+            self.loop.call_soon(self._take_more)
+        self._untaken += data
+        self.transport.pause_reading()
+
+    def eof_received(self) -> None:
+        while self._untaken:
+            self._take_some()
+        super().eof_received()
+
+    def _take_more(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.recv_messages.paused:  # the session is behind
+            self.loop.call_later(TAKEN_SECONDS, self._take_more)
+            return
+        self._take_some()
+        if self._untaken:
+            self.loop.call_soon(self._take_more)
+        elif not self.recv_messages.paused:
+            self.transport.resume_reading()
+
+    def _take_some(self) -> None:
+        data = bytes(self._untaken[:TAKEN_BYTES])
+        del self._untaken[:TAKEN_BYTES]
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Answers to pings are not held back by websockets, however many are unread."""
+        before = self.transport.get_write_buffer_size()
+        super().data_received(data)
+        unread = self.transport.get_write_buffer_size()
+        self._pongs = self._pongs + unread - before if before else unread
+        if self._pongs > UNREAD_PONGS:
+            self.transport.abort()
+
+
+class Door:
+    """Counts connections, and knows who may come in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
+        self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins))
+        self._local = settings.host in LOCAL
+        self._open, self._unasked = (
+            0,
+            dict[Connection, None](),
+        )  # connections; those without a request, oldest first
+        whole = descriptors()
+        self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
+        left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
+        most = FINISHING * settings.max_sessions + SWEPT
+        self.room = max(LEAST_ROOM, min(left // 2, most))  # for sessions, each with a client and a file
+        if self.room < settings.max_sessions:
+            log.warning(
+                "%d descriptors are enough for %d sessions at once: raise the limit", whole, self.room
+            )
+
+    def enter(self, connection: Connection) -> None:
+        """Count a connection."""
+        self._open += 1
+        self._unasked[connection] = None
+        if len(self._unasked) > self._handshakes:
+            oldest = next(iter(self._unasked))
+            del self._unasked[oldest]
+            oldest.transport.abort()
+
+    def leave(self, connection: Connection) -> None:
+        """Count it no more."""
+        self._open -= 1
+        self._unasked.pop(connection, None)
+
+    def check(self, connection: Connection, headers: Headers, query: str) -> None:
+        """Let a connection in by its request. Raises Refusal."""
+        self._unasked.pop(connection, None)
+        if self._open - len(self._unasked) > self.room:
+            raise Refusal(503, "There are too many connections.", RETRY_FULL)
+        given = {}
+        for name in ("Authorization", "Host", "Origin"):
+            if len(found := headers.get_all(name)) > 1:
+                raise Refusal(400, f"The header {name} is given twice.")
+            given[name] = "".join(found)
+        if given["Origin"] and not self._is_ours(given["Origin"], given["Host"]):
+            raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
+        scheme, _, bearer = given["Authorization"].partition(" ")
+        shown = [bearer.strip()] * (scheme.lower() == "bearer")
+        shown += [text for name, text in parse_qsl(query) if name == "token"]
+        codes = [text.encode(errors="surrogateescape") for text in shown]
+        if self._tokens and not any(
+            hmac.compare_digest(code, token) for code in codes for token in self._tokens
+        ):
+            raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+
+    def _is_ours(self, origin: str, host: str) -> bool:
+        """Whether a page may connect. A name that was bent to this machine (DNS rebinding) is not its own."""
+        if self._origins & {"*", origin}:
+            return True
+        try:
+            page, asked = urlsplit(origin), urlsplit(f"//{host}")
+            own = page.netloc.lower() == asked.netloc.lower()
+            return own and (asked.hostname in LOCAL or not self._local)
+        except ValueError:
+            return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sweep: sessions that nobody works on.
+#
+# Those that a client has left are finished when their grace time is over, whichever server began them. Those
+# that have failed, and those that wait for the bucket, are tried again, ever later, and a few at a time; what
+# cannot be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
+# ------------------------------------------------------------------------------------------------------------
+
+SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
+SWEPT = 16  # sessions without a client that the sweep lets run at once: each holds a descriptor
+RETRY_SECONDS, RETRY_MOST = 1.0, 300.0  # until a session is tried again: at first, doubling, and at most
+ATTEMPTS = 8  # at a session that fails by its own fault, within two minutes or so
+
+
+class Sweep:
+    """Comes back to the sessions of the spool. `sessions` are those that run, `find` makes one run."""
+
+    def __init__(self, services: Services, sessions: Mapping[str, Session], find: Callable[[str], Session]):
+        self._spool, self._grace = services.spool, services.settings.grace_seconds
+        self._sessions, self._find = sessions, find
+        self._later: dict[str, tuple[int, float]] = {}  # how often a session was put off, and until when
+        self._clock = asyncio.get_running_loop().time
+
+    def postpone(self, name: str) -> int:
+        """Come back to a session, ever later; gives how often."""
+        count = self._later.get(name, (0, 0.0))[0] + 1
+        delay = min(RETRY_SECONDS * 2.0 ** min(count - 1, 10), RETRY_MOST)
+        self._later[name] = (count, self._clock() + delay)
+        return count
+
+    def forget(self, name: str) -> None:
+        """All is well with a session."""
+        self._later.pop(name, None)
+
+    def failed(self, recording: Recording, error: BaseException) -> None:
+        """Come back to a session that has failed, or set it aside: by its own fault is all but SpoolError."""
+        own = isinstance(error, Unreadable) or not isinstance(error, SpoolError)
+        if self.postpone(recording.session) < ATTEMPTS or not own:
+            log.error("session %s: %s", recording.name, error)
+            return
+        with contextlib.suppress(OSError):  # then it stays, and is tried again
+            log.error("session %s is set aside as %s: %s", recording.name, recording.set_aside(), error)
+            self.forget(recording.session)
+
+    async def run(self) -> None:
+        """Sweep again and again."""
+        while True:
+            for session in self._sessions.values():
+                session.recording.touch()
+            left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
+            for name in left | self._later.keys():
+                if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
+                    continue
+                if sum(session.client is None for session in self._sessions.values()) >= SWEPT:
+                    break
+                await self._take_up(name, name in left)
+            await asyncio.sleep(min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST))
+
+    async def _take_up(self, name: str, left: bool) -> None:
+        try:
+            session = self._find(name)
+            if left:
+                await session.abandon()
+        except (Locked, Unreadable):  # of another server, or told of already
+            return
+        except SpoolError:  # just gone; or nothing can be written now
+            self.forget(name)
+        except Exception:
+            log.exception("session %s cannot be taken up", alias(name))
+            self.postpone(name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
+#
+# A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
+# the window is, and at a pause that may end the window: then its answer may be the final.
+# ------------------------------------------------------------------------------------------------------------
+
+SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
+INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
+INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
+FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
+
+
+class Interims:
+    """The requests for interim text of one session; one is in flight at most."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asking = False  # one is in flight
+        self.paused = False  # the client was told that there are none for now
+        self._seconds = seconds  # INTERIM_SECONDS
+        self._asked = 0.0  # the end of the last one, seconds of audio
+        self._latest: Pending | None = None  # the last one of the open window
+        self._shown: Pending | None = None  # the last one whose text was taken
+
+    def fresh(self, segmenter: Segmenter) -> float:
+        """Seconds of the open window that no request has heard."""
+        return segmenter.now - max(self._asked, segmenter.first)
+
+    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
+        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
+        length = segmenter.now - max(segmenter.start, resume)
+        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
+        much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
+        unheard = segmenter.open and segmenter.last > self._asked
+        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
+
+    def ask(self, window: Window) -> Pending:
+        """Begin a request."""
+        self._asked, self.asking, self.paused = window.end, True, False
+        self._latest = Pending(window, launched=True)
+        return self._latest
+
+    def answer(self) -> tuple[Hypothesis, Window] | None:
+        """What the last request has brought, once."""
+        latest = self._latest
+        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
+            return None
+        self._shown = latest
+        return latest.outcome, latest.window
+
+    def turn(self, window: Window) -> Pending | None:
+        """The last request as that of a window that ends, if it has heard all speech of it."""
+        latest, self._latest = self._latest, None
+        if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
+            return None
+        latest.window = window.since(latest.window.start)
+        return latest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2462,13 +2769,14 @@ def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
 # limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
-# knows, with a warning; a format without marks ends there.
+# knows, with a warning; a format without marks ends there. The generator yields whether it has only paused.
 
-MOST_WARNINGS = 100  # of one stream; more would only repeat them
-LARGEST_TAKE = 1 << 20  # bytes of one header, page or packet; real ones stay under 64 KiB
+MOST_WARNINGS = 50  # of one stream; more would only repeat them
+PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
+LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
 
-Steps = Generator[None, None, None]
+Steps = Generator[bool, None, None]
 
 
 class Damage(FormatError):
@@ -2484,14 +2792,16 @@ class Parser(Format):
     def __init__(self, *declared: Any) -> None:
         super().__init__(*declared)
         self.found: list[Frame] = []
-        self._element = self._warned = 0  # where the element begins that is being read; how many warnings
+        self._element = self._warned = self._worked = (
+            0  # where what is being read begins; warnings; work done
+        )
         self._steps = self._run()
 
     def parse(self) -> list[Frame]:
         try:
-            next(self._steps)
+            self.paused = next(self._steps)
         except FormatError as error:
-            self.error = error
+            self.error, self.paused = error, False
             self.buffer.clear()
         frames, self.found = self.found, []
         return frames
@@ -2521,24 +2831,31 @@ class Parser(Format):
     def _run(self) -> Steps:
         while True:
             self._element = self.offset
+            yield from self.pause()
             try:
                 yield from self.step()
             except Damage as damage:
                 if self.mark is None:
                     raise FormatError(f"Byte {self._element}: {damage}. {CONVERT}") from None
                 while not self.sync(self.mark):
-                    yield
+                    yield False
                 if self.offset > self._element:
                     self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
+
+    def pause(self) -> Steps:
+        """Pause if enough was done for a while."""
+        self._worked += 1
+        if self._worked % PAUSE == 0:
+            yield True
 
     def need(self, size: int) -> Steps:
         """Wait until the buffer holds so many bytes."""
         if size > LARGEST_TAKE:
             raise Damage(f"{size} bytes are claimed for one element")
         while len(self.buffer) < size:
-            yield
+            yield False
 
-    def take(self, size: int) -> Generator[None, None, bytes]:
+    def take(self, size: int) -> Generator[bool, None, bytes]:
         yield from self.need(size)
         return self.drop(size)
 
@@ -2548,7 +2865,7 @@ class Parser(Format):
             raise Damage(f"{size} bytes are claimed for one element")
         while size > len(self.buffer):
             size -= len(self.drop(len(self.buffer)))
-            yield
+            yield False
         self.drop(size)
 
     def warn(self, text: str) -> None:
@@ -2599,7 +2916,7 @@ class Encoding(NamedTuple):
             return memoryview(data).cast("h")[::n]
         if self.tag == 3:
             floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
-            clipped = [round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats]
+            clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
             return memoryview(array("h", clipped))
         low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
         if self.codes:
@@ -2660,7 +2977,7 @@ class Wav(Parser, Pcm):
                 raise FormatError(f"Byte {self.offset}: a second WAV begins; a session transcribes only one.")
             while WAV_CHUNK.fullmatch(behind):  # no more samples
                 self.drop(len(self.buffer))
-                yield
+                yield False
             self._end = ENDLESS  # the writer never came back to correct the size
 
     def _header(self) -> Steps:
@@ -2710,6 +3027,7 @@ class Wav(Parser, Pcm):
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
 LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
+LARGEST_OPUS_HEAD = 276  # bytes: 21, and one for each of 255 channels (RFC 7845, 5.1)
 # Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
 OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -2833,7 +3151,7 @@ class Opus(Parser):
 
     def begin(self, head: bytes) -> None:
         """Take an OpusHead: a recording begins."""
-        if not head.startswith(b"OpusHead") or len(head) < 19:
+        if not head.startswith(b"OpusHead") or not 19 <= len(head) <= LARGEST_OPUS_HEAD:
             raise Damage("a broken OpusHead")
         self.head, self.energies = head, Opus.energies
 
@@ -2939,6 +3257,7 @@ class OggOpus(Opus):
             self.part += page[body : body + lace]
             body += lace
             if lace < 255:
+                yield from self.pause()
                 if self.part.startswith(b"OpusHead"):
                     self.begin(self.part)
                 elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
@@ -2979,7 +3298,7 @@ class WebM(Opus):
     entry: Mapping[bytes, bytes] = {}  # of the track that is being described
     entry_end = 0  # offset behind it
 
-    def _number(self, longest: int) -> Generator[None, None, bytes]:
+    def _number(self, longest: int) -> Generator[bool, None, bytes]:
         """A number of variable length, still with the bit that marks its length."""
         yield from self.need(1)
         length = 9 - self.buffer[0].bit_length()
@@ -3146,7 +3465,8 @@ class MP3(Parser):
 # the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
 # them is found by its kind: no number that stands there is as large as four letters.
 
-LONGEST_FRAGMENT = 600  # seconds; more is taken for damage
+SHORTEST_FRAGMENT, LONGEST_FRAGMENT = 0.001, 600.0  # seconds; others are taken for damage
+LARGEST_MOOF = 1 << 16  # bytes; of each sample there are 4 to 16
 MP4_CLOCK, MP4_USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
 
 
@@ -3176,6 +3496,8 @@ class FragmentedMP4(Parser):
                 content = yield from self.take(size - 8)
                 self._describe(struct.pack(">I4s", size, kind) + content)
             elif kind == b"moof":
+                if size > LARGEST_MOOF:
+                    raise Damage("a fragment of too many samples")
                 begin, seconds = offset, self._duration((yield from self.take(size - 8)))
             else:
                 yield from self.skip(size - 8)
@@ -3205,7 +3527,7 @@ class FragmentedMP4(Parser):
                 each = sorted(mp4_integer(trun, at) for at in range(first, len(trun), stride)[:count])
                 usual = each[len(each) // 2] if each else 0
             ticks += count * usual
-        if not 0 < ticks <= LONGEST_FRAGMENT * self.clock:
+        if not SHORTEST_FRAGMENT * self.clock <= ticks <= LONGEST_FRAGMENT * self.clock or not ticks:
             raise Damage("a fragment of absurd duration")
         return ticks / self.clock
 
@@ -3250,7 +3572,7 @@ class Held(Parser):
         self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
         if self.offset + len(self.buffer) > self.limit:
             raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
-        yield
+        yield False
 
     def end(self) -> list[Frame]:
         size = self.offset + len(self.buffer)
@@ -3309,6 +3631,9 @@ def recognise(head: bytes, limit: int) -> Format | None:
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
 UPLOADS = 4  # at once
 CHECK_SECONDS = 5.0  # for the bucket to answer at start
+QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
+STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
+SEGMENTS_AT_ONCE = 256  # of a transcript that are written in one turn of the loop: some ms
 
 
 class ArchiveError(Exception):
@@ -3321,9 +3646,9 @@ class Upload(NamedTuple):
     key: str
     media_type: str
     header: bytes
+    offset: int
+    size: int  # bytes, without the header
     recording: Recording
-    offset: int = 0
-    size: int = 0  # bytes, without the header
 
     def pieces(self) -> Iterator[bytes]:
         """The object in pieces of PART_BYTES, the last one shorter; one at least."""
@@ -3340,6 +3665,7 @@ class Archive:
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
         self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(UPLOADS)
+        self._failing = False  # as far as the last attempt tells: then nobody waits for a place
         self._client: Any = None
 
     async def open(self) -> None:
@@ -3373,20 +3699,32 @@ class Archive:
         """Where an object is."""
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
-    async def store(self, upload: Upload) -> None:
-        """Upload an object. Raises ArchiveError."""
+    async def store(self, upload: Upload, until: float) -> None:
+        """Upload an object, if that can begin by a time of the loop's clock. Raises ArchiveError."""
+        try:  # behind a bucket that fails or hangs all would wait, with their files open
+            async with asyncio.timeout_at(0.0 if self._failing else until):
+                await self._uploads.acquire()
+        except TimeoutError:
+            self._failing = True
+            raise ArchiveError(f"{self.address(upload.key)}: the bucket fails, or is too slow") from None
+        try:
+            await self._store(upload)
+            self._failing = False
+        except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
+            self._failing = True
+            raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
+        finally:
+            self._uploads.release()
+
+    async def _store(self, upload: Upload) -> None:
         target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
         size = upload.size + len(upload.header)
-        try:
-            async with self._uploads:
-                if size > PART_BYTES:
-                    await self._store_parts(target, upload)
-                else:
-                    body = next(upload.pieces())
-                    await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
-                await self._confirm(target, size)
-        except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
-            raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
+        if size > PART_BYTES:
+            await self._store_parts(target, upload)
+        else:
+            body = next(upload.pieces())
+            await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
+        await self._confirm(target, size)
 
     async def _store_parts(self, target: dict[str, str], upload: Upload) -> None:
         with contextlib.suppress(Exception):  # what a crash has left of an earlier attempt is only paid for
@@ -3416,6 +3754,68 @@ class Archive:
         if found.get("ContentLength", size) != size:
             raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
+
+# ---- What a session leaves there ----
+
+
+class Deposit:
+    """What a session leaves in the bucket: nothing, if there is no bucket or no audio."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._archive = session, session.services.archive
+
+    @property
+    def done(self) -> bool:
+        """Whether the bucket has all of it."""
+        return not (self._archive and self._session.recording.size and self._session.state.unstored)
+
+    def places(self) -> Message:
+        """Where it is to be found, as `complete` tells it."""
+        if not self._archive:
+            return {}
+        places = {name: self._archive.address(self._key(name)) for name in OBJECTS}
+        return {"archive": {**places, "stored": not self._session.state.unstored}}
+
+    async def store(self) -> None:
+        """Bring what the bucket does not have; to a failing one only as long as a client waits."""
+        session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
+        until = clock() + session.services.settings.archive_seconds
+        begin_by = until if session.client else max(until, clock() + QUEUE_SECONDS)
+        while self._archive and not self.done:
+            name = session.state.unstored[0]
+            try:
+                upload = await (self._audio() if name == "audio" else self._transcript())
+                await self._archive.store(upload, begin_by)
+                session.note("stored", object=name)
+            except ArchiveError as error:
+                log.warning("session %s: not stored yet: %s", session.recording.name, error)
+                if clock() + delay > until:
+                    return
+                await asyncio.sleep(delay)
+                delay *= 2
+
+    def _key(self, name: str) -> str:
+        kind = self._session.stream.format.archive[0] if name == "audio" else "json"
+        day = self._session.state.opened[:10].replace("-", "/")
+        return f"{day}/{self._session.recording.name}.{kind}"
+
+    async def _audio(self) -> Upload:
+        recording, form = self._session.recording, self._session.stream.format
+        return Upload(self._key("audio"), form.archive[1], *form.stored(recording.size), recording)
+
+    async def _transcript(self) -> Upload:
+        session, lines = self._session, list[str]()
+        about: Message = {"session": session.recording.name, "opened": session.state.opened}
+        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
+        for number, segment in enumerate(await session.recording.segments()):
+            lines.append(json.dumps(segment, ensure_ascii=False))
+            if number % SEGMENTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'
+        return Upload(self._key("transcript"), "application/json", text.encode(), 0, 0, session.recording)
+
+
+# ---- Offline recognition ----
 
 SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
 _sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it

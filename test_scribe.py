@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import itertools
 import json
@@ -743,7 +744,7 @@ class Scribe:
     flags: Sequence[str] = ()
     port: int = field(default_factory=free_port)
     lines: list[str] = field(default_factory=list)  # of its log
-    under: Sequence[str] = ()  # a command that sets limits and starts it
+    descriptors: int = 0  # that it may have at most; 0: as many as the tests
 
     @property
     def uri(self) -> str:
@@ -768,8 +769,10 @@ class Scribe:
         """Starts it (again), on the same port and spool, and waits until it is healthy."""
         foreign = ("OPENAI_", "AWS_", "S3_", "SCRIBE_", "SPOOL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        limit = ("sh", "-c", f'ulimit -n {self.descriptors}; exec "$0" "$@"') if self.descriptors else ()
         self._process = await asyncio.create_subprocess_exec(
-            *(*self.under, sys.executable),
+            *limit,
+            sys.executable,
             *(str(SCRIPT), "--host", "127.0.0.1", "--port", str(self.port), *self.flags),
             env={**inherited, "OPENAI_API_KEY": "test", "PYTHONUNBUFFERED": "1", **self.env},
             stdout=asyncio.subprocess.PIPE,
@@ -1281,13 +1284,21 @@ def pcm16(data: bytes, encoding: Encoding) -> NDArray[np.int64]:
 
 
 def stream_of(name: str, rate: int = 0, channels: int = 0) -> scribe.Stream:
-    return scribe.Stream(name, rate, channels, 1 << 20)
+    return scribe.Stream(name, rate, channels, 1 << 24)
 
 
 def frames_of(stream: scribe.Stream, data: bytes, cuts: Iterable[int]) -> list[scribe.Frame]:
     places = [0, *sorted(cuts), len(data)]
-    frames = [frame for a, b in itertools.pairwise(places) for frame in stream.feed(data[a:b])]
+    frames = [frame for a, b in itertools.pairwise(places) for frame in fed(stream, data[a:b])]
     return frames + stream.end()
+
+
+def fed(stream: scribe.Stream | scribe.Format, data: bytes) -> list[scribe.Frame]:
+    """All frames that are whole with some more data, however often the reading pauses."""
+    frames = stream.feed(data)
+    while (stream.format if isinstance(stream, scribe.Stream) else stream).paused:
+        frames += stream.feed(b"")
+    return frames
 
 
 @st.composite
@@ -1359,7 +1370,7 @@ def test_a_level_is_the_loudness_whichever_channel_speaks(
     hiss[rate // 2 :, loud_channel] = np.random.default_rng(1).normal(0, 0.2, rate // 2)
     file = wav(hiss.ravel(), rate, encoding)
     file = file[:22] + struct.pack("<HI", 4, rate) + file[28:]
-    levels = np.array([frame.level for frame in stream_of("auto").feed(file)])
+    levels = np.array([frame.level for frame in fed(stream_of("auto"), file)])
     assert levels[2:24].max() < -70
     mean = 10 * np.log10(np.mean(10 ** (levels[26:49] / 10)))
     assert mean == pytest.approx(20 * math.log10(0.2) - 6, abs=1)  # in one of four channels
@@ -1672,6 +1683,11 @@ def posting(name: str, seconds: float = 2.0) -> scribe.Post:
     return scribe.Post(("audio.wav", b"", "audio/wav"), seconds, scribe.Options(), name)
 
 
+async def ready(name: str) -> scribe.Post:
+    """As a session prepares it."""
+    return posting(name)
+
+
 def desk_of(ear: Ear, **options: Any) -> scribe.Desk:
     return scribe.Desk(cast(Any, ear), scribe.Settings(openai_api_key="test", **options))
 
@@ -1690,11 +1706,11 @@ def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
         flood, quiet = object(), object()
         async with asyncio.TaskGroup() as group:
             for n in range(20):
-                group.create_task(desk.final(flood, lambda n=n: posting(f"flood {n}")))  # type: ignore[misc]
+                group.create_task(desk.final(flood, lambda n=n: ready(f"flood {n}")))  # type: ignore[misc]
             await asyncio.sleep(0.1)
             began = now()
             for n in range(3):
-                await desk.final(quiet, lambda n=n: posting(f"quiet {n}"))  # type: ignore[misc]
+                await desk.final(quiet, lambda n=n: ready(f"quiet {n}"))  # type: ignore[misc]
             assert now() - began < 3 * 2.1, "waits for no more than the request in front of it"
         assert ear.peak == 2
         order = [name for _, name in ear.asked if name.startswith("flood")]
@@ -1709,12 +1725,12 @@ def test_an_interim_takes_only_what_no_final_wants() -> None:
         desk, session = desk_of(ear, concurrency=1), object()
         assert desk.spare()
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(session, lambda: posting("final")))
+            group.create_task(desk.final(session, lambda: ready("final")))
             await asyncio.sleep(0.1)
             assert not desk.spare()
             with pytest.raises(scribe.EndpointError):
-                await desk.interim(session, lambda: posting("interim"))
-        assert await desk.interim(session, lambda: posting("interim")) == {"text": "interim"}
+                await desk.interim(session, lambda: ready("interim"))
+        assert await desk.interim(session, lambda: ready("interim")) == {"text": "interim"}
         assert [name for _, name in ear.asked] == ["final", "interim"]
 
     virtually(main())
@@ -1727,10 +1743,10 @@ def test_429_holds_everybody_back_for_as_long_as_it_says() -> None:
         faults = iter([limited(5.0)])
         ear.fault = lambda: next(faults, None)
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(object(), lambda: posting("one")))
+            group.create_task(desk.final(object(), lambda: ready("one")))
             await asyncio.sleep(0.5)
             began = now()
-            group.create_task(desk.final(object(), lambda: posting("two")))
+            group.create_task(desk.final(object(), lambda: ready("two")))
         assert sorted(name for _, name in ear.asked) == ["one", "one", "two"]
         assert ear.asked[1][0] >= began - 0.5 + 5.0
         assert now() - began < 10, "and not much longer"
@@ -1744,7 +1760,7 @@ def test_a_rate_limit_is_kept() -> None:
         desk = desk_of(ear, requests_per_minute=30)
         async with asyncio.TaskGroup() as group:
             for _ in range(90):
-                group.create_task(desk.final(object(), lambda: posting("")))
+                group.create_task(desk.final(object(), lambda: ready("")))
         times = [at for at, _ in ear.asked]
         assert all(after - before >= 60 - 0.2 for before, after in zip(times, times[30:], strict=False))
 
@@ -1758,12 +1774,12 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
         ear.fault = lambda: DEAD if now() < began + 20 else None
         async with asyncio.TaskGroup() as group:
             for n in range(12):
-                group.create_task(desk.final(object(), lambda n=n: posting(str(n))))  # type: ignore[misc]
+                group.create_task(desk.final(object(), lambda n=n: ready(str(n))))  # type: ignore[misc]
             await asyncio.sleep(10)
             ear.peak = 0
             asked = len(ear.asked)
             await asyncio.sleep(9)
-            assert ear.peak == 1, "the circuit is open"
+            assert ear.peak <= 1, "the circuit is open"
             assert len(ear.asked) - asked < 8
         assert {name for _, name in ear.asked} == set(map(str, range(12)))
 
@@ -1779,7 +1795,7 @@ def test_a_final_is_given_up_at_its_deadline_or_when_there_is_no_hope(
         desk, began = desk_of(ear), now()
         ear.fault = lambda: scribe.EndpointError("no", again=again)
         with pytest.raises(scribe.EndpointError):
-            await desk.final(object(), lambda: posting("doomed"))
+            await desk.final(object(), lambda: ready("doomed"))
         assert least <= now() - began <= most
 
     virtually(main())
@@ -2283,6 +2299,25 @@ def test_the_frames_in_front_of_damage_are_transcribed() -> None:
     assert result.codes == [1003]
 
 
+def test_a_client_that_makes_a_hundred_errors_is_closed_and_may_come_back() -> None:
+    async def scene(uri: str, _: Endpoint) -> Result:
+        async with connect(with_options(uri, **RAW_PCM), proxy=None) as connection:
+            session = json.loads(await connection.recv())["session"]
+            await connection.send(PCM)
+            for _ in range(5000):
+                await connection.send("x")
+            told = []
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    told.append(json.loads(await connection.recv()))
+        assert told[-1]["fatal"] and connection.close_code == 1008
+        assert len([error for error in told if error.get("code") == "unknown_message"]) < 100
+        return await talk(with_options(uri, session=session), PCM)
+
+    result = with_server(scene)
+    assert result.complete and compare(SPEECH.texts, result.words).words == 0
+
+
 def test_odd_messages_are_answered_and_harm_nothing() -> None:
     audio = wav(TALK.samples, TALK.rate)
 
@@ -2358,6 +2393,135 @@ def test_only_a_token_that_is_known_opens_the_door() -> None:
                 assert json.loads(await connection.recv())["status"] == "ready"
 
     with_server(scene, scribe_tokens=" alpha, beta,")
+
+
+def test_two_headers_of_one_name_are_a_clear_400() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        twice = [("Authorization", "Bearer alpha"), ("Authorization", "Bearer alpha")]
+        with pytest.raises(InvalidStatus) as answer:
+            await connect(uri, additional_headers=twice, proxy=None)
+        assert answer.value.response.status_code == 400 and b"twice" in answer.value.response.body
+        for token in (b"\xc3\xbc", b"\xff"):
+            raw = b"GET /ws HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + token + b"\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(uri).port)
+            writer.write(raw)
+            assert b" 401 " in (await reader.read()).splitlines()[0]
+            writer.close()
+
+    with_server(scene, scribe_tokens="alpha")
+
+
+ORIGINS = {  # origin, Host, and whether such a page may connect to a server on localhost, and to one for all
+    "of the server": ("http://localhost:8000", "localhost:8000", True, True),
+    "of the server, by number": ("http://127.0.0.1:8000", "127.0.0.1:8000", True, True),
+    "of the server, behind a proxy": ("https://scribe.example", "scribe.example", False, True),
+    "listed": ("https://app.example", "localhost:8000", True, True),
+    "of a stranger": ("https://evil.example", "localhost:8000", False, False),
+    "of another port": ("http://localhost:3000", "localhost:8000", False, False),
+    "of a listed name's like": ("https://app.example.evil.example", "localhost:8000", False, False),
+    "of a stranger who bent a name to this machine": (
+        "http://evil.example:8000",
+        "evil.example:8000",
+        False,
+        True,
+    ),
+    "of a file": ("null", "localhost:8000", False, False),
+    "no URL": ("http://[", "localhost:8000", False, False),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0"])
+def test_only_pages_of_the_server_and_listed_ones_may_connect(case: str, host: str) -> None:
+    origin, asked, at_home, abroad = ORIGINS[case]
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        port = urlsplit(uri).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"GET /ws HTTP/1.1\r\nHost: {asked}\r\nOrigin: {origin}\r\n"
+        upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        writer.write(f"{head}{upgrade}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+        status = (await reader.readline()).split()[1]
+        writer.close()
+        admitted = abroad if host == "0.0.0.0" else at_home
+        assert status == (b"101" if admitted else b"403")
+        assert await is_served(uri)  # who shows no origin is no page
+
+    with_server(scene, host=host, allowed_origins="https://app.example, https://other.example")
+
+
+async def test_connections_that_ask_for_nothing_take_no_descriptor_from_sessions(env: dict[str, str]) -> None:
+    """Of silent connections the oldest go, and everyone is served."""
+    async with Scribe(env | {"MAX_SESSIONS": "5"}, descriptors=256) as server:
+        silent = []
+        live = asyncio.create_task(
+            talk(with_options(server.uri, **RAW_PCM), PCM, [1 << 14], bytes_per_second=64_000)
+        )
+        for _ in range(500):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            silent.append(connection)
+            await asyncio.sleep(0.002)
+        assert (await talk(with_options(server.uri, **RAW_PCM), PCM)).complete
+        result = await live
+        assert result.complete and compare(SPEECH.texts, result.words).words == 0
+        for connection in silent:
+            connection.close()
+
+
+@pytest.mark.parametrize("size", [0, 3, 200_000])
+def test_bytes_are_taken_a_few_at_a_time_and_none_is_lost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever frames are in them: 256 KiB of the smallest would keep the loop for half a second."""
+    taken: list[int] = []
+    take = ServerConnection.data_received
+
+    def recorded(connection: ServerConnection, data: bytes) -> None:
+        taken.append(len(data))
+        take(connection, data)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        async with connect(with_options(uri, acks=True, **RAW_PCM), proxy=None, max_queue=None) as connection:
+            session = json.loads(await connection.recv())["session"]
+            monkeypatch.setattr(ServerConnection, "data_received", recorded)
+            frames = [bytes(size)] * (20_000 if size < 4 else 20)
+            audio = b"".join(frames)
+            payload = b"".join(wire_frame(frame) for frame in frames)
+            connection.transport.write(payload)
+            while connection.transport.get_write_buffer_size():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1)
+            monkeypatch.undo()
+            assert sum(taken) == len(payload) and max(taken) <= scribe.TAKEN_BYTES
+        return await talk(with_options(uri, session=session), audio + PCM)
+
+    result = with_server(scene)
+    assert result.messages[0]["received"] == size * (20_000 if size < 4 else 20)
+    assert compare(SPEECH.texts, result.words).words == 0
+
+
+def wire_frame(content: bytes) -> bytes:
+    """A client's binary message, masked with zeros."""
+    if len(content) < 126:
+        return bytes([0x82, 0x80 | len(content), 0, 0, 0, 0]) + content
+    return b"\x82\xff" + len(content).to_bytes(8, "big") + bytes(4) + content
+
+
+async def test_pongs_that_nobody_reads_do_not_pile_up(env: dict[str, str]) -> None:
+    ping = b"\x89\xfd\0\0\0\0" + bytes(125)
+    async with Scribe(env) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 10)
+        head = b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        writer.write(
+            head + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        with pytest.raises(ConnectionError):  # else 64 MB would be taken
+            for _ in range(500):
+                writer.write(ping * 1000)
+                await writer.drain()
+        async with connect(server.uri, proxy=None) as connection:  # who reads them may ping as he likes
+            for _ in range(2000):
+                await (await connection.ping(bytes(125)))
+        writer.transport.abort()
 
 
 def test_no_more_sessions_than_the_limit_and_the_rest_is_told_when_to_come_back() -> None:
@@ -2657,7 +2821,7 @@ def parse(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> tuple[scribe.Format
     stream, frames, at, turn = scribe.Stream("auto", 0, 0, LIMIT), [], 0, 0
     while at < len(data):
         size = sizes[turn % len(sizes)]
-        frames += stream.feed(data[at : at + size])
+        frames += fed(stream, data[at : at + size])
         at, turn = at + size, turn + 1
     return stream.format, frames + stream.end()
 
@@ -2898,7 +3062,7 @@ def marks_of(
     """All frames of a stream that comes in pieces, and a mark behind each piece that allows of one."""
     frames, marks, at = [], [], 0
     for size in sizes:
-        frames += stream.feed(data[at : at + size])
+        frames += fed(stream, data[at : at + size])
         at += size
         if (place := stream.format.place()) is not None:
             marks.append(Mark(stream.format.origin, place, len(frames), len(stream.format.warnings)))
@@ -2923,8 +3087,9 @@ def begun_at(mark: Mark, case: str, read: Callable[[int, int], bytes]) -> scribe
     """A stream that goes on. Its beginnings are read in pieces that are much smaller than itself."""
     stream = stream_for(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scribe, "LARGEST_HEAD", 1024)
-        stream.go_on(scribe.Mark(0.0, mark.origin, mark.place), read)
+        patch.setattr(scribe, "PIECE_BYTES", 1024)
+        for _ in stream.go_on(scribe.Mark(0.0, mark.origin, mark.place), read):
+            pass
     return stream
 
 
@@ -3025,10 +3190,155 @@ def test_absurd_sizes_never_grow_the_buffer(kind: type[scribe.Format], begin: by
     parser = kind()
     parser.feed(begin)
     for _ in range(300):
-        parser.feed(b"\x01" * 65536)
+        fed(parser, b"\x01" * 65536)
         assert len(parser.buffer) <= scribe.LARGEST_TAKE + 65536
     parser.end()
     assert parser.error or parser.warnings
+
+
+OPUS_HEAD = b"OpusHead\1\2\0\0\x80\xbb\0\0\0\0\0"
+NOISE = random.Random(1).randbytes(1 << 12)
+WEBM_HEAD = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\x01" + b"\xff" * 7
+WEBM_TRACK = WEBM_HEAD + b"\x16\x54\xae\x6b\xb0\xae\xa0\xd7\x81\x01\x86\x86A_OPUS\xa3\x80"
+CRAFTED = {  # streams that cost far more than they look
+    "packets of one byte": lambda: ogg([bytes([0b00011000])] * 60_000, OPUS_HEAD, 1),
+    "packets of 6 stereo frames": lambda: ogg([bytes([0b11111111, 6]) + NOISE[:18]] * 8_000, OPUS_HEAD, 1),
+    "packets of 6 large stereo frames": lambda: ogg(
+        [bytes([0b11111111, 6]) + NOISE[:252]] * 1_000, OPUS_HEAD, 1
+    ),
+    "bad pages": lambda: ogg([bytes(20)], OPUS_HEAD, 1) + (b"OggS" + b"\xff" * 24) * 10_000,
+    "bad pages behind a long one": lambda: ogg([bytes(20)], OPUS_HEAD, 1) + (b"OggS" + bytes(23)) * 10_000,
+    "elements of two bytes": lambda: WEBM_TRACK + b"\xec\x80" * 100_000,
+    "empty clusters": lambda: WEBM_TRACK + b"\x1f\x43\xb6\x75\x80" * 50_000,
+    "the smallest frames of MP3": lambda: (b"\xff\xf3\x14\xc0" + bytes(20)) * 10_000,
+}
+
+
+@pytest.mark.parametrize("case", [*CUT_FORMATS, *CRAFTED])
+def test_reading_pauses_however_much_comes_at_once(case: str) -> None:
+    """So that no stream keeps the loop for long: no call does more than some work, and none of it is lost."""
+    data = ({**CUT_FORMATS, **CRAFTED})[case]()
+    at_once, in_pieces = scribe.Stream("auto", 0, 0, LIMIT), scribe.Stream("auto", 0, 0, LIMIT)
+    batches = [at_once.feed(data)]
+    while at_once.format.paused:
+        assert at_once.format.place() is None  # in the middle of something, perhaps
+        batches.append(at_once.feed(b""))
+    assert max(map(len, batches)) <= scribe.PAUSE
+    assert [frame for batch in batches for frame in batch] == frames_of(
+        in_pieces, data, range(0, len(data), 4000)
+    )
+    assert case not in CRAFTED or len(batches) > 100
+
+
+@pytest.mark.parametrize("case", ["bad pages", "elements of two bytes"])
+def test_a_stream_that_costs_more_than_it_plays_is_an_error(case: str) -> None:
+    """And those that are dear by nature are not."""
+    data = CRAFTED[case]()
+
+    def weighed(stream: scribe.Stream, data: bytes) -> scribe.FormatError | None:
+        seconds = 0.0
+        for at in range(0, len(data), 4000):
+            begun = time.thread_time()
+            seconds += duration(fed(stream, data[at : at + 4000]))
+            stream.weigh(20 * (time.thread_time() - begun), seconds)  # as if the machine were slow
+        return stream.format.error
+
+    assert "costs" in str(weighed(scribe.Stream("auto", 0, 0, LIMIT), data * 10))
+    for make in CUT_FORMATS.values():
+        assert not weighed(scribe.Stream("auto", 0, 0, LIMIT), make())
+
+
+def test_a_stream_that_claims_more_than_its_bytes_can_hold_is_an_error() -> None:
+    sparse = ogg([bytes([0b00011011, 2])] * 60_000, OPUS_HEAD, 1)  # 120 ms of silence in three bytes
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, sparse)
+
+    result = with_server(scene)
+    assert result.codes == [1003] and "claims" in result.of("error")[-1]["message"]
+    assert result.complete and result.complete["duration"] < 60_000 * 0.12
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 400), st.floats(0.001, 2), st.integers(0, 50)), min_size=1, max_size=60
+    ),
+    st.integers(100, 2000),
+)
+def test_parts_of_a_window_hold_each_frame_once_and_fit(
+    frames: list[tuple[int, float, int]], most: int
+) -> None:
+    columns, offset, end = scribe.Frames(), 0, 0.0
+    for size, seconds, between in frames:
+        end += seconds
+        columns.append(scribe.Frame(offset + between, size, seconds), end)
+        offset += between + size
+    window = scribe.Window(0.0, end, 0.0, end, end, True, columns)
+    parts = list(window.parts(most))
+    assert (parts[0].start, parts[-1].end) == (0.0, end)
+    assert all(before.end == behind.start for before, behind in pairwise(parts))
+    own = [part.frames.between(part.start, part.end) for part in parts]
+    assert [offset for part in own for offset in part.offsets] == list(columns.offsets)
+    assert all(
+        part.bytes <= most or len(frames.offsets) == 1 for part, frames in zip(parts, own, strict=True)
+    )
+    assert [part.clean for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def mp4_box(kind: bytes, *content: bytes) -> bytes:
+    body = b"".join(content)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def mp4_bomb(sizes: Iterable[int], ticks: int = 5) -> bytes:
+    """Fragments of so many bytes that claim some ms each."""
+    clock = mp4_box(b"trak", mp4_box(b"mdia", mp4_box(b"mdhd", bytes(12), struct.pack(">I", 1000), bytes(8))))
+    usual = mp4_box(b"mvex", mp4_box(b"trex", bytes(8), struct.pack(">IIII", 1, ticks, 0, 0)))
+    one = struct.pack(">xxxxI", 1)
+    moof = mp4_box(b"moof", mp4_box(b"traf", mp4_box(b"tfhd", one), mp4_box(b"trun", one)))
+    fragments = [moof + mp4_box(b"mdat", bytes(size - 8 - len(moof))) for size in sizes]
+    return b"".join([mp4_box(b"ftyp", b"iso5\0\0\0\0iso5"), mp4_box(b"moov", clock, usual), *fragments])
+
+
+def test_no_request_is_larger_than_upload_bytes_whatever_the_stream_claims() -> None:
+    """What is too large by itself becomes a gap that says so; the rest is posted."""
+    posted: list[int] = []
+
+    async def hear(post: scribe.Post) -> dict[str, Any]:
+        posted.append(len(post.file[1]))
+        return {"text": "heard"}
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, mp4_bomb([200_000] * 20 + [3_000_000] + [200_000] * 20), patience=60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scribe.Whisper, "ask", lambda _, post: hear(post))
+        result = with_server(scene, upload_bytes=1 << 20)
+    assert result.complete and len(result.complete["gaps"]) == 1
+    assert all("UPLOAD_BYTES" in error["message"] for error in result.of("error"))
+    assert max(posted) <= 1 << 20 and sum(posted) > 40 * 200_000
+    assert result.complete["usage"]["requests"] == len(posted)
+
+
+def test_pcm_of_which_nothing_fits_into_a_request_is_an_error() -> None:
+    async def scene(uri: str, _: Endpoint) -> None:
+        for audio in (wav(np.zeros(96_000, np.float32), 48_000), bytes(96_000)):
+            options = {} if audio.startswith(b"RIFF") else {"format": "pcm_s16le", "rate": 48_000}
+            result = await talk(with_options(uri, **options), audio)
+            assert result.codes == [1003] and "UPLOAD_BYTES" in result.of("error")[-1]["message"]
+        assert await is_served(uri)
+
+    with_server(scene, upload_bytes=1 << 16)
+
+
+def test_an_opus_head_of_absurd_size_harms_nothing() -> None:
+    head = OPUS_HEAD[:-1] + b"\1" + bytes(70_000)
+    data = ogg([head] + [b"\x18" + b"\1\x55" * 20] * 100, OPUS_HEAD, 1)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, data)
+
+    assert with_server(scene).complete
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -3059,7 +3369,7 @@ def survives(original: bytes, data: bytes, rng: random.Random) -> None:
         scribe.recognise(data[: scribe.LARGEST_HEAD], LIMIT)
     chunk, begin, frames = rng.choice([333, 4096, 1 << 20]), time.process_time(), []
     for at in range(0, len(data), chunk):
-        frames += parser.feed(data[at : at + chunk])
+        frames += fed(parser, data[at : at + chunk])
         assert len(parser.buffer) <= scribe.LARGEST_TAKE + chunk
     frames += parser.end()
     assert time.process_time() - begin < 2, "a hang"
@@ -3090,8 +3400,8 @@ def test_broken_streams_never_raise(monkeypatch: pytest.MonkeyPatch, count: int,
 def test_arbitrary_bytes_never_raise(data: bytes, rest: bytes) -> None:
     for kind in (scribe.WebM, scribe.OggOpus, scribe.MP3, scribe.FragmentedMP4):
         parser = kind()
-        parser.feed(data)
-        parser.feed(rest)
+        fed(parser, data)
+        fed(parser, rest)
         parser.end()
 
 
@@ -3373,7 +3683,7 @@ class Session:
             self.assert_stored(result, stored)
 
     def assert_stored(self, result: Result, stored: dict[str, bytes]) -> None:
-        session = result.messages[0]["session"]
+        session = alias(result.messages[0]["session"])
         (audio,) = (stored[key] for key in stored if key.endswith(f"{session}.{self.extension}"))
         (transcript,) = (json.loads(stored[key]) for key in stored if key.endswith(f"{session}.json"))
         assert samples_of(audio) == self.samples
@@ -3387,6 +3697,11 @@ class Session:
             assert [s.get("words") for s in transcript["segments"]] == [
                 f.get("words") for f in by_time(result)
             ]
+
+
+def alias(session: str) -> str:
+    """What a session is called in logs and keys."""
+    return hashlib.blake2b(session.encode(), digest_size=8).hexdigest()
 
 
 def by_time(result: Result) -> list[Message]:
@@ -4185,7 +4500,7 @@ async def test_a_client_that_is_gone_for_good_is_transcribed_and_archived(
         assert samples_of(recording) == session.samples
         transcript = json.loads(text)
         assert words_of(transcript["full_transcription"]) == session.words
-        assert (transcript["session"], transcript["gaps"]) == (gone.messages[0]["session"], [])
+        assert (transcript["session"], transcript["gaps"]) == (alias(gone.messages[0]["session"]), [])
 
     await together({heir: leave(heir) for heir in ("same", "restarted", "another")})
     assert orphans(s3) == []
@@ -4264,6 +4579,51 @@ async def test_a_failing_bucket_delays_no_text_and_has_the_recording_once_it_is_
         assert not [left for left in orphans(s3) if left["Key"].startswith(f"{own.name}/")]
 
     await together({case: fail(case) for case in FAILING}, at_once=7)
+
+
+@pytest.mark.parametrize("how", ["refuse", "hang"])
+async def test_sessions_that_wait_for_the_bucket_hold_nothing(
+    how: str, env: dict[str, str], endpoint: Endpoint, spool: Path, s3: Moto
+) -> None:
+    """However many there are: a descriptor each would end the server's."""
+    async with FaultyS3(s3.port) as front:
+        more = {"ARCHIVE_SECONDS": "0", "GRACE_SECONDS": "1", "MAX_SESSIONS": "8"}
+        async with Scribe(env | front.env(s3) | more, descriptors=512) as server:
+            front.fault = lambda operation: how
+            before = open_files(server)
+            for _ in range(40):
+                await until(lambda: open_files(server) < before + 30)  # else it is full for a moment
+                result = await talk(with_options(server.uri, **RAW_PCM), PCM[:32_000])
+                assert result.complete and result.complete["archive"]["stored"] is False
+            await until(lambda: open_files(server) <= before + 16 + 12)  # the sweep's, and connections of S3
+            assert len(files(spool, "*.audio")) == 40
+            front.fault = lambda operation: None
+            if how == "hang":  # it would wait for the time limit of a request
+                await server.stop(signal.SIGKILL)
+                await server.start()
+            await until(lambda: left(spool) == [], 60)
+    assert len(s3.objects()) == 80
+
+
+async def test_what_the_bucket_has_is_not_sent_again(
+    env: dict[str, str], launch: Serve, endpoint: Endpoint, spool: Path, s3: Moto
+) -> None:
+    """While it refuses the transcript, the recording goes up once, also over a restart."""
+    async with FaultyS3(s3.port) as front:
+        server = await launch(env | front.env(s3) | {"GRACE_SECONDS": "1", "ARCHIVE_SECONDS": "0.5"})
+        front.fault = lambda operation: "deny" if operation == "put" else None
+        result = await talk(with_options(server.uri, **LONG_RAW), LONG, [1 << 19] * 100)
+        assert result.complete and result.complete["archive"]["stored"] is False
+        await until(lambda: front.seen.count("put") >= 3)
+        await server.stop(signal.SIGKILL)
+        await server.start()
+        await until(lambda: front.seen.count("put") >= 5)
+        front.fault = lambda operation: None
+        await until(lambda: left(spool) == [], 60)
+        assert front.seen.count("complete") == 1
+    transcript, recording = (data for _, data in sorted(s3.objects().items()))
+    assert samples_of(recording) == LONG
+    assert json.loads(transcript)["full_transcription"] == result.complete["full_transcription"]
 
 
 async def test_no_multipart_upload_is_left_behind_by_a_crash(
@@ -4538,9 +4898,95 @@ async def test_strange_files_in_the_spool_harm_no_session(env: dict[str, str], s
             status, body, _ = await refused_handshake(with_options(server.uri, session=f"{number:022}"))
             assert status == 404 and body, what
             assert f"{number:022}.audio" in left(spool), what
-            assert any(f"{number:022}" in line for line in server.lines), what
+            assert any(alias(f"{number:022}") in line for line in server.lines), what
         assert not any("Traceback" in line for line in server.lines)
         assert await server.stop() == 0
+
+
+async def page(uri: str, path: str) -> str:
+    """The text of one of a server's pages."""
+    async with (
+        ClientSession() as http,
+        http.get(uri.replace("ws:", "http:").removesuffix("/ws") + path) as answer,
+    ):
+        return await answer.text()
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        STRANGE["not JSON"],
+        STRANGE["no options"],
+        b'{"event":"open","opened":"2026-01-01","options":{}}\n{"event":"post"}\n',
+    ],
+    ids=range(3),
+)
+def test_a_session_that_cannot_be_read_is_set_aside_and_kept(
+    journal: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a few attempts, each later than the one before; nothing of it is deleted."""
+    spool = tmp_path / "spool"
+    name = laid(spool, PCM, [])
+    (spool / f"{name}.jsonl").write_bytes(journal)
+
+    async def scene(uri: str, _: Endpoint) -> str:
+        await asyncio.sleep(60)
+        assert (spool / f"{name}.audio").exists()  # there is hope yet
+        await asyncio.sleep(100)
+        assert await is_served(uri)
+        return await page(uri, "/readyz")
+
+    assert "set aside: 1" in with_server(scene, spool_dir=str(spool), grace_seconds=0)
+    kept = {path.name: path.read_bytes() for path in files(spool)}
+    assert kept == {f"failed-{alias(name)}.audio": PCM, f"failed-{alias(name)}.jsonl": journal}
+    about = [record.getMessage() for record in caplog.records if alias(name) in record.getMessage()]
+    assert len(about) == scribe.ATTEMPTS
+    assert sum("set aside" in line for line in about) == 1
+    assert not any(name in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_session_that_fails_is_tried_again_and_harms_nobody(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, sum_up = tmp_path / "spool", scribe.Ending._sum_up
+    left_to_do = failures
+
+    async def failing(ending: scribe.Ending) -> Message:
+        nonlocal left_to_do
+        left_to_do -= 1
+        if left_to_do >= 0:
+            raise RuntimeError("a fault of ours")
+        return await sum_up(ending)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        monkeypatch.setattr(scribe.Ending, "_sum_up", failing)
+        result = await talk(with_options(uri, **RAW_PCM), PCM)
+        assert not result.complete and result.of("error")[-1]["fatal"]
+        await asyncio.sleep(100)
+        assert left_to_do < 0
+        monkeypatch.setattr(scribe.Ending, "_sum_up", sum_up)
+        assert await is_served(uri)
+        return await talk(with_options(uri, session=result.messages[0]["session"]), PCM)
+
+    result = with_server(scene, spool_dir=str(spool), grace_seconds=600)
+    assert result.complete and compare(SPEECH.texts, result.words).words == 0
+
+
+@pytest.mark.parametrize("journal", [None, b""])
+def test_a_removal_that_was_cut_short_is_finished(journal: bytes | None, tmp_path: Path) -> None:
+    """The journal goes before the audio; and a session begins with the audio, which is empty then."""
+    spool, audio = tmp_path / "spool", PCM if journal is None else b""
+    name = laid(spool, audio, [])
+    (spool / f"{name}.jsonl").unlink()
+    if journal is not None:
+        (spool / f"{name}.jsonl").write_bytes(journal)
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        await asyncio.sleep(10)
+
+    with_server(scene, spool_dir=str(spool), grace_seconds=0)
+    assert left(spool) == []
 
 
 async def test_acks_let_a_client_forget(env: dict[str, str], endpoint: Endpoint, spool: Path) -> None:
@@ -5924,9 +6370,11 @@ async def test_siege(env: dict[str, str], endpoint: Endpoint, spool: Path, s3: M
     speeches = [workload("lecture", SIEGE_SECONDS / 60, seed=seed) for seed in range(SIEGE_CLIENTS)]
     env |= {"SCRIBE_TOKENS": f"{HONEST},{HOSTILE}", "GRACE_SECONDS": "2", "CONCURRENCY": "16"}
     env |= {"ARCHIVE_SECONDS": "1"}
-    limited = ("sh", "-c", f'ulimit -n {SIEGE_DESCRIPTORS} && exec "$@"', "sh")
     endpoint.delay = 0.1
-    async with FaultyS3(s3.port) as front, Scribe(env | front.env(s3), under=limited) as server:
+    async with (
+        FaultyS3(s3.port) as front,
+        Scribe(env | front.env(s3), descriptors=SIEGE_DESCRIPTORS) as server,
+    ):
         fail_now_and_then(endpoint, front)
         calm, _ = await defend(server, speeches)
         async with helper(f"attack({server.port}, {SIEGE_SECONDS})") as attackers:
