@@ -5655,7 +5655,7 @@ class Bucket(scribe.Archive):
         super().__init__(scribe.Settings(s3_bucket="recordings"))
         self._fate = fate
 
-    async def store(self, upload: scribe.Upload) -> None:
+    async def store(self, upload: scribe.Upload, *_: object) -> None:
         how, fate = self._fate.dies("store"), self._fate
         await asyncio.sleep(0.05)
         if how in ("before", "torn"):
