@@ -2355,7 +2355,7 @@ class Connection(ServerConnection):
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
-        self._untaken = bytearray()  # what came and is not read yet
+        self._untaken, self._cut = bytearray(), False  # what came and is not read yet; the end came behind it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -2376,10 +2376,12 @@ class Connection(ServerConnection):
         self._untaken += data
         self.transport.pause_reading()
 
-    def eof_received(self) -> None:
-        while self._untaken:
-            self.take_some()
-        super().eof_received()
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Take the end behind the bytes that wait; until then the connection is kept open."""
+        self._cut = bool(self._untaken)
+        if not self._cut:
+            super().eof_received()
+        return self._cut
 
     def take_some(self) -> bool:
         """Take some of the bytes that wait, unless the session is behind; gives whether any are left."""
@@ -2387,7 +2389,10 @@ class Connection(ServerConnection):
             data = bytes(self._untaken[:TAKEN_BYTES])
             del self._untaken[:TAKEN_BYTES]
             self._take(data)
-            if not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
+            if not self._untaken and self._cut:
+                super().eof_received()
+                self.transport.close()
+            elif not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
                 self.transport.resume_reading()
         return bool(self._untaken)
 
