@@ -428,49 +428,56 @@ class Stream:
 # ------------------------------------------------------------------------------------------------------------
 # Segmenter: frames in, windows out.
 #
-# A frame is speech if it is louder than the noise floor by a margin; the floor is a low percentile of the
-# last seconds, so it follows the room and not the voice. A window opens at the first speech, with a pre-roll,
-# and closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause ends
-# it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a cut,
-# the window is not `clean`. What holds next to no speech is no window. Windows are in order and disjoint:
-# they never add up to more than the stream. Each carries some frames in front of its start.
+# Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
+# which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
+# pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
+# window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
+# ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
+# cut, the window is not `clean`. Windows are in order and disjoint: they never add up to more than the
+# stream. Each carries some frames in front of its start.
 # ------------------------------------------------------------------------------------------------------------
 
-PRE_ROLL_SECONDS = 0.5  # before the first speech of a window: soft onsets lie under the threshold
-TAIL_SECONDS, TAIL_SHARE = 0.3, 0.6  # of a pause that go to the window before it: so much, at most this part
+PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
+TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
 LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds of silence that end a window, at first and in the end
 SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
 CLEAN_PAUSE = 0.1  # seconds; the closure of a stop consonant, inside a word, is shorter
 LIMIT_SECONDS = 15.0  # of a window
 QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this length in the last third
-MIN_SPEECH_SECONDS = 0.15  # less is a click or a breath; the edges of a word of 0.2 s are too soft to count
+MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
+SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
+CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 
-MARGIN_DB = 7.0  # of speech over the noise floor: generous, a whisper must pass
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
+LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
+SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
 FLOOR_BLOCK_SECONDS = 0.1  # of history that counts by its quietest frame
-FLOOR_START_DB, FLOOR_MIN_DB, FLOOR_MAX_DB = -60.0, -62.0, -30.0  # dBFS
+HIDDEN_DB = -60.0  # dBFS: as this, or as the faintest frame so far, counts digital silence: it hides a room
 WARM_SECONDS = FLOOR_SECONDS + LOOKBACK_SECONDS  # to be heard before a window is cut as it would have been
 
 
 class NoiseFloor:
-    """The level of the room."""
+    """The level of the room, and with it what is nothing and what a pause, in dBFS: no louder than this."""
 
     def __init__(self) -> None:
-        self.threshold = FLOOR_START_DB + MARGIN_DB  # dBFS; louder is speech
-        self._blocks = deque([FLOOR_START_DB] * 3)
-        self._sorted = list(self._blocks)
+        self.nothing = self.pause = SILENT_DB  # as long as no more is known, for a word may begin a stream
+        self._blocks: deque[float] = deque()
+        self._sorted: list[float] = []
         self._quietest, self._seconds = math.inf, 0.0
+        self._faintest = HIDDEN_DB  # of all frames
 
     def hear(self, level: float, seconds: float) -> None:
         """Count a frame. NaN says nothing."""
         if level < self._quietest:
             self._quietest = level
+            if SILENT_DB < level < self._faintest:
+                self._faintest = level
         self._seconds += seconds
         if self._seconds >= FLOOR_BLOCK_SECONDS - 1e-9:
             if self._quietest < math.inf:
-                self._count(self._quietest)
+                self._count(max(self._quietest, self._faintest))
             self._quietest, self._seconds = math.inf, 0.0
 
     def _count(self, level: float) -> None:
@@ -478,8 +485,8 @@ class NoiseFloor:
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
             del self._sorted[bisect_left(self._sorted, self._blocks.popleft())]
-        floor = self._sorted[int(len(self._sorted) * FLOOR_SHARE)]
-        self.threshold = min(max(floor, FLOOR_MIN_DB), FLOOR_MAX_DB) + MARGIN_DB
+        least, floor = (self._sorted[int(len(self._sorted) * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
+        self.nothing, self.pause = floor + min(SOUND_DB + floor - least, PAUSE_DB), floor + PAUSE_DB
 
 
 class Frames:
@@ -553,6 +560,7 @@ class Segmenter:
         self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
+        self._said, self._sound = False, 0.0  # it was behind speech; seconds of sound without a rest
         self._floor, self._frames = NoiseFloor(), Frames()
 
     @property
@@ -563,21 +571,26 @@ class Segmenter:
     def feed(self, frames: Iterable[Frame]) -> list[Window]:
         """The windows that these frames end."""
         windows: list[Window] = []
-        floor, keep = self._floor, self._frames.append
+        floor, keep, sound = self._floor, self._frames.append, self._sound
         for frame in frames:
             self.now = now = self.now + frame.seconds
             keep(frame, now)
             floor.hear(frame.level, frame.seconds)
-            if not frame.level <= floor.threshold and now > self._cut:
-                self.last = now
-                if not self.open:
-                    self.open, self.first = True, now - frame.seconds
+            sound = 0.0 if frame.level <= floor.nothing else sound + frame.seconds
+            if not self.open:
+                if sound >= SOUND_SECONDS and now > self._cut:
+                    self.open, self.first, self.last = True, max(self._cut, now - sound), now
                     self.start = max(self._cut, self.first - PRE_ROLL_SECONDS)
-            elif self.open and now - self.last >= SHORT_PAUSE:
+            elif not frame.level <= floor.pause:
+                if self.last < self.first + CLICK_SECONDS and now > self.last + SHORT_PAUSE:
+                    self.first = now - frame.seconds  # what was before it was no speech
+                self.last = now
+            elif now - self.last >= SHORT_PAUSE:
                 windows += self._pause()
             if self.open and now - self.start >= self.limit:
                 windows += self._too_long()
-        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS)
+        self._sound = sound
+        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS - SOUND_SECONDS)
         self._frames.forget(start - LOOKBACK_SECONDS)
         return windows
 
@@ -614,7 +627,7 @@ class Segmenter:
     def _close(self, end: float, clean: bool) -> list[Window]:
         window = self._window(end, clean)
         wanted = window.speech >= MIN_SPEECH_SECONDS or not self._clean
-        self._cut, self._clean = window.end, clean or not wanted
+        self._cut, self._clean, self._said = window.end, clean or not wanted, wanted
         # speech behind the cut opens the next window; so does an unclean cut, which may leave it a word
         self.open = self.last > self._cut or not self._clean
         self.start, self.first, self.last = self._cut, self._cut, max(self._cut, self.last)
@@ -624,12 +637,15 @@ class Segmenter:
         frames = self._frames.between(self.start - LOOKBACK_SECONDS, end)
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
-        threshold = self._floor.threshold  # it knows the noise better now than when the frames came
-        loud = (not level <= threshold for level in frames.levels[own:])
-        spans = zip(pairwise(times), loud, strict=True)
-        speech = sum(till - since for (since, till), speaks in spans if speaks)
-        last = min(self.last, times[-1])
-        return Window(self.start, times[-1], min(self.first, last), last, speech, clean, frames)
+        nothing = self._floor.nothing  # it knows the room better now than when the frames came
+        loud = (not level <= nothing for level in frames.levels[own:])
+        edges = [at for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
+        sounds = [times[till] - times[since] for since, till in zip(edges[::2], edges[1::2], strict=True)]
+        # what goes on right behind speech may be the end of it, in pieces
+        heard = max(sounds, default=0.0) >= CLICK_SECONDS or (self._said and self.start <= self._cut)
+        speech = sum(sounds) if heard else 0.0
+        last, first = min(self.last, times[-1]), times[edges[0]] if edges else self.first
+        return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1405,15 +1405,15 @@ def test_any_bytes_give_frames_or_an_error_that_says_what_to_do(
 # Segmenter: windows are disjoint and in order, hold all speech and no silence
 
 FRAME = scribe.FRAME_SECONDS
-LOUD, SILENT = -15.0, -80.0  # dBFS: speech and not, wherever the noise floor is
+LOUD, FAINT, SILENT = -15.0, -40.0, -80.0  # dBFS: speech, between its syllables, and none
 RUNS = st.lists(
     st.tuples(st.sampled_from([LOUD, math.nan, SILENT]), st.integers(1, 400)), min_size=1, max_size=12
 )
 
 
 def levels_of(runs: Iterable[tuple[float, int]]) -> list[scribe.Frame]:
-    """Frames of 20 ms, from levels and how many frames each holds."""
-    levels = [level for level, count in runs for _ in range(count)]
+    """Frames of 20 ms, from levels and how many frames each holds; what is loud is in syllables of 0.2 s."""
+    levels = [FAINT if level == LOUD and n % 10 > 7 else level for level, count in runs for n in range(count)]
     return [scribe.Frame(640 * n, 640, FRAME, level) for n, level in enumerate(levels)]
 
 
@@ -1465,11 +1465,108 @@ def test_a_pause_ends_a_window_sooner_the_longer_it_is(speech: float) -> None:
 
 
 def test_speech_without_a_pause_is_cut_at_its_quietest_place() -> None:
-    runs = [(LOUD, 600), (-21.0, 4), (LOUD, 600)]  # 0.08 s, too short for a pause, at 12 s
+    runs = [
+        (LOUD, 600),
+        (-55.0, 2),
+        (LOUD, 600),
+    ]  # with the dip before it 0.08 s, too short for a pause, at 12 s
     first, second = windows_of(levels_of(runs))[:2]
     assert first.end == pytest.approx(12.04, abs=0.1)
     assert not first.clean
     assert second.start == first.end
+
+
+def heard_at(levels: Iterable[float]) -> list[tuple[float, float]]:
+    """Starts and ends of the windows of frames of 20 ms."""
+    windows = windows_of([scribe.Frame(640 * n, 640, FRAME, level) for n, level in enumerate(levels)])
+    return [(round(window.start, 3), round(window.end, 3)) for window in windows]
+
+
+@given(RUNS, st.floats(-10, 15))
+def test_what_is_heard_does_not_depend_on_how_loud_the_recording_is(
+    runs: list[tuple[float, int]], gain: float
+) -> None:
+    levels = [frame.level - n * 1e-5 for n, frame in enumerate(levels_of(runs))]  # no two places alike
+    assert heard_at(level + gain for level in levels) == heard_at(levels)
+
+
+def room(rng: random.Random, level: float, frames: int) -> list[float]:
+    """Levels of steady noise, which scatter as those of 80 samples do."""
+    return [level + rng.gauss(0, 0.7) for _ in range(frames)]
+
+
+def prose(rng: random.Random, level: float, seconds: float) -> list[float]:
+    """Levels of speech: syllables that swell and fade, and dips of 25 dB between them."""
+    levels: list[float] = []
+    while len(levels) < seconds / FRAME:
+        size = rng.randrange(6, 14)
+        levels += [level - 12 * abs(2 * n / size - 1) ** 2 + rng.gauss(0, 2) for n in range(size)]
+        levels += [level - 25.0] * rng.randrange(1, 4)
+    return levels
+
+
+def over(levels: Iterable[float], noise: Iterable[float]) -> list[float]:
+    """Levels of two sounds at once."""
+    return [10 * math.log10(10 ** (a / 10) + 10 ** (b / 10)) for a, b in zip(levels, noise, strict=True)]
+
+
+@pytest.mark.parametrize("level", [-100.0, -85.0, -60.0, -40.0, -20.0])
+def test_an_hour_of_a_silent_line_is_not_posted(level: float) -> None:
+    levels = [level] * 180_000 if level == -100 else room(random.Random(1), level, 180_000)
+    assert not heard_at(levels)
+
+
+def test_comfort_noise_that_comes_and_goes_is_not_posted() -> None:
+    rng = random.Random(3)
+    levels = [level for _ in range(20) for level in [*room(rng, -70.0, 100), *[scribe.SILENT_DB] * 100]]
+    assert not heard_at(levels)
+
+
+@given(st.integers(0, 10**6), st.floats(-80, -45), st.floats(-35, -5))
+@settings(max_examples=30)
+def test_a_minute_of_typing_is_not_posted(seed: int, noise: float, click: float) -> None:
+    rng = random.Random(seed)
+    levels = room(rng, noise, 3000)
+    at = 0
+    while at < 2990:
+        for n in range(rng.randrange(1, 5)):  # a click of up to 60 ms touches four frames
+            levels[at + n] = click - rng.uniform(0, 10)
+        at += rng.randrange(6, 40)
+    assert not heard_at(levels)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["quiet", "turns away", "quiet after loud", "drifts", "noisy"]))
+@settings(max_examples=60)
+def test_speech_is_held_however_far_the_speaker_is(seed: int, how: str) -> None:
+    rng = random.Random(seed)
+    levels = {
+        "quiet": [-66.0] * 6,
+        "turns away": [-20.0, -40.0] * 3,
+        "quiet after loud": [-20.0, -62.0, -20.0, -66.0],
+        "drifts": [-20.0 - 8 * n for n in range(6)],
+        "noisy": [-25.0] * 6,
+    }[how]
+    noise = -35.0 if how == "noisy" else -90.0
+    parts = [prose(rng, level, rng.uniform(2, 6)) for level in levels]
+    rest = [-120.0] * 40
+    clean = rest + [level for part in parts for level in [*part, *rest]]
+    windows = heard_at(over(clean, room(rng, noise, len(clean))))
+    at, lost, said = len(rest), 0, 0
+    for part in parts:
+        times = [(at + n) * FRAME for n in range(len(part))]
+        lost += sum(not any(start <= time < end for start, end in windows) for time in times)
+        at, said = at + len(part) + len(rest), said + len(part)
+    assert lost <= 0.01 * said
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60))
+@settings(max_examples=60)
+def test_a_recording_may_begin_in_mid_word(seed: int, cut: int) -> None:
+    rng = random.Random(seed)
+    said = prose(rng, -30.0, 1.5)[cut:]
+    windows = heard_at(over([*said, *[-120.0] * 100], room(rng, -70.0, len(said) + 100)))
+    assert [start for start, _ in windows] == [0.0]
+    assert windows[0][1] >= len(said) * FRAME - 0.1
 
 
 # -----------------------------------------------------------------------------------------------------------
