@@ -124,6 +124,7 @@ class Settings:
     deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
     upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 16, 1 << 32))
     interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
+    carry_characters: int = value(0, "of final text, put into the next prompt", range(PROMPT_CHARACTERS + 1))
     session_billed_seconds: int = value(0, "cap on billed seconds of a session; 0: none", range(1 << 31))
     hourly_billed_seconds: int = value(0, "cap on billed seconds in an hour; 0: none", range(1 << 31))
     spool_dir: str = value(".spool", "directory of the sessions' audio and journals")
@@ -662,7 +663,6 @@ EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may
 CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
 TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
 TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
-CARRIED_CHARACTERS = 200  # of final text in the prompt
 
 
 class Word(NamedTuple):
@@ -678,6 +678,8 @@ class Hypothesis(NamedTuple):
 
     words: list[Word]
     timed: bool
+    doubtful: bool = False  # the endpoint says so
+    lone: bool = False  # a phantom that stands alone, for which nothing vouches
 
 
 class Segment(NamedTuple):
@@ -734,17 +736,21 @@ class Transcript:
         self.heard = self.resume = heard  # see Step
         self.end = heard  # of the last segment
         self.timed = True  # the endpoint gives word times, as far as is known
+        self._spoke = -math.inf  # when the last one did that is no phantom
         self._tail: list[Word] = []  # final words
         self._previous: list[Word] = []  # of the last hypothesis, not final
 
-    def say(self, words: Iterable[Word], end: float) -> None:
+    def say(self, words: Sequence[Word], end: float) -> None:
         """Take up final words, in order, which end at a time in seconds."""
         self._tail = [*self._tail, *words][-TAIL_WORDS:]
         self.end = max(self.end, end)
+        if not PHANTOMS.fullmatch(normal(spelled(words))):
+            self._spoke = self.end
 
-    def prompt(self, start: float) -> str:
+    def prompt(self, start: float, characters: int) -> str:
         """The end of the final text in front of a window that starts then."""
-        return spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)[-CARRIED_CHARACTERS:]
+        text = spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)
+        return text[max(0, len(text) - characters) :]
 
     def context(self, window: Window) -> Window:
         """The window from where it is to be heard: behind what is final, or before that to align by."""
@@ -779,6 +785,8 @@ class Transcript:
         return Step(heard, resume, self._segment(agreed, window, timed=True)), self._previous
 
     def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
+        if hypothesis.lone and window.start - self.heard < PHANTOM_REST < window.first - self._spoke:
+            return []  # right in front of it there was sound too, and nobody spoke
         if window.start >= self.heard - 1e-6 or not self._tail:
             return hypothesis.words
         return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
@@ -1308,7 +1316,7 @@ class State:
             case "transcription":
                 self.places.append(place)
                 if not message.get("late"):
-                    self.transcript.say((Word(*word) for word in event["words"]), message["end"])
+                    self.transcript.say([Word(*word) for word in event["words"]], message["end"])
             case "gap":
                 near = [mark for mark in self.marks if mark.seconds <= event["lost"][0] - LOOKBACK_SECONDS]
                 self.gaps.append(Gap(*event["lost"], *near[-1:]))
@@ -1828,13 +1836,13 @@ class Session:
                 return
 
     async def transcribe(self, pending: Pending) -> None:
-        """Bring a window to text; where the answer repeats the prompt, ask once more without it."""
+        """Bring a window to text; where the prompt may have put words into it, ask once more without."""
         desk = self.services.desk
         try:
             hypothesis = read_answer(await desk.final(self, lambda: self._post(pending)), pending.window)
-            if echoes(hypothesis, pending.prompt):
+            if doubt := echo(hypothesis, pending.prompt, pending.window.speech):
                 answer = await desk.final(self, lambda: self._post(pending, prompted=False))
-                hypothesis = read_answer(answer, pending.window)
+                hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
             pending.outcome = error
@@ -1853,9 +1861,9 @@ class Session:
         file = (f"audio.{form.extension}", form.file(pieces, frames.index(window.start)), form.media_type)
         pending.posted, pending.prompt = True, ""
         if prompted:
-            room = max(0, PROMPT_CHARACTERS - len(self.options.prompt) - 1)
-            carried = self.state.transcript.prompt(window.start)
-            pending.prompt = f"{self.options.prompt} {carried[len(carried) - room :]}".strip()
+            own, most = self.options.prompt, self.services.settings.carry_characters
+            carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
+            pending.prompt = f"{own} {carried}".strip()
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
         self.note("post", seconds=seconds)
         self.services.hour.add(seconds, self._clock())
@@ -1917,8 +1925,8 @@ class Session:
         try:
             answer = await self.services.desk.interim(self, lambda: self._post(interim))
             hypothesis = read_answer(answer, interim.window)
-            if echoes(hypothesis, interim.prompt):
-                raise EndpointError("the endpoint repeats the prompt")
+            if echo(hypothesis, interim.prompt, interim.window.speech):
+                raise EndpointError("the endpoint may repeat the prompt")
             interim.outcome = hypothesis
         except EndpointError as error:
             if interim in self._pending:  # it has become a final: ask as for one
@@ -2326,9 +2334,15 @@ def main() -> int:
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
+LOOP_LONGEST = 40  # words of a phrase that Whisper loops: a long sentence
 LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
-ECHO_WORDS = 4  # words of the prompt in a row that are an echo, not speech
-PHANTOM_SECONDS = 0.5  # with less speech than this nobody said a phantom
+LOOP_SLOWEST = 2.0  # of a short word that is said again and again
+LOOP = re.compile(r"(.{2,8}?)\1{3,}")  # an answer that is nothing else, without spaces
+ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
+PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
+STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
+PHANTOM_REST = 5.0  # seconds; since speech, or of silence, in which a phantom's words are said alone
+PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom's words, said
 PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
     "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
 )
@@ -2369,20 +2383,27 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     """What the endpoint says of a window, without ghosts. Any field but `text` may be missing or odd."""
     segments = [item for item in _list(answer.get("segments")) if isinstance(item, dict)]
-    ghosts = [item for item in segments if _is_ghost(item)]
-    spoken = [item for item in segments if item not in ghosts]
-    text = " ".join(_text(item.get("text")) for item in spoken) if ghosts else _text(answer.get("text"))
+    ghosts = list(map(_is_ghost, segments))
+    spoken = [item for item, ghost in zip(segments, ghosts, strict=True) if not ghost]
+    text = " ".join(_text(item.get("text")) for item in spoken) if any(ghosts) else _text(answer.get("text"))
     text = " ".join(text.split())  # whisper.cpp breaks its lines
     entries = _list(answer.get("words")) or [entry for item in segments for entry in _list(item.get("words"))]
-    silent = [(_number(item.get("start")), _number(item.get("end"))) for item in ghosts]
-    heard = [
-        word for word in map(_timed, entries) if word and not any(a <= word.start < b for a, b in silent)
-    ]
+    spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
+    silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
+    starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
+    heard = (
+        word for word in map(_timed, entries) if word and word.start >= ends[bisect_right(starts, word.start)]
+    )
     timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
-    if window.speech < PHANTOM_SECONDS and PHANTOMS.fullmatch(normal(text)):
+    letters, lone = normal(text), False
+    if PHANTOMS.fullmatch(letters):
+        lone = not any(_number(item.get("no_speech_prob")) < PHANTOM_NO_SPEECH for item in spoken)
+        words = words if PHANTOM_SECONDS <= window.speech <= PHANTOM_MOST else []
+    elif not letters or _is_loop(letters, len(words), window.speech):
         words = []
-    return Hypothesis(_without_loops(words, window.speech), bool(timed))
+    doubtful = any(_number(item.get("avg_logprob")) < GHOST_LOGPROB for item in spoken)
+    return Hypothesis(_without_loops(words, window.speech), bool(timed), doubtful, lone)
 
 
 def _list(found: object) -> list[Any]:
@@ -2447,26 +2468,57 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
     return [Word(piece, *span) for piece, span in zip(pieces, pairwise(times), strict=True)]
 
 
+def _is_loop(letters: str, words: int, speech: float) -> bool:
+    """Whether a text is one syllable or two over and over, in a time in which nobody says so many."""
+    loop = LOOP.fullmatch(letters)
+    count = max(words, len(letters) // len(loop[1])) if loop else 0
+    return bool(loop) and not LOOP_SLOWEST <= count / max(speech, PHANTOM_SECONDS) <= LOOP_RATE
+
+
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
     """Keep one of a phrase that is repeated over and over. "Zero zero zero" is said: it takes its time."""
     words, texts = list(words), [normal(word.text) for word in words]
     shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
-    index = 0
-    while index < len(words):
-        for size in range(shortest, (len(words) - index) // LOOP_COUNT + 1):
-            behind = stop = index + size
-            while texts[stop : stop + size] == texts[index:behind]:
-                stop += size
-            if stop >= index + LOOP_COUNT * size:
-                del words[behind:stop], texts[behind:stop]
-        index += 1
+    for size in range(shortest, min(LOOP_LONGEST, len(words) // LOOP_COUNT) + 1):
+        same = bytes(map(operator.eq, texts, texts[size:])) + b"\0"  # in C: a held file has 10,000 words
+        kept, at = [], 0
+        while (begin := same.find(b"\1" * size * (LOOP_COUNT - 1), at)) >= 0:
+            stop = same.index(b"\0", begin)
+            kept.append(slice(at, begin + size))
+            at = begin + size + (stop - begin) // size * size
+        kept.append(slice(at, None))
+        words = [word for part in kept for word in words[part]]
+        texts = [text for part in kept for text in texts[part]]
     return words
 
 
-def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
-    """Whether a hypothesis only repeats the prompt that came with it."""
-    words = hypothesis.words
-    return len(words) >= ECHO_WORDS and normal(spelled(words)) in normal(prompt)
+def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
+    """The words at the beginning or the end of a hypothesis that it may have from its prompt."""
+    words, known = hypothesis.words, normal(prompt)
+    texts = [normal(word.text) for word in words] if known else []
+    begins, ends = accumulate(texts), accumulate(reversed(texts), lambda behind, text: text + behind)
+    first, last = (sum(1 for _ in takewhile(known.__contains__, runs)) for runs in (begins, ends))
+    run = words[:first] if first >= last else words[len(words) - last :]
+    hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
+    if hypothesis.timed and run:
+        hasty = hasty or len(run) > 2 * LOOP_RATE * (run[-1].end - run[0].start)
+    return run if hasty or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
+
+
+def unprompted(first: Hypothesis, run: Sequence[Word], second: Hypothesis) -> Hypothesis:
+    """The better of two hypotheses: with a prompt, of which there is a run of words in it; and without."""
+    said, echoed = ([normal(word.text) for word in words] for words in (second.words, run))
+    if echoed in (said[: len(run)], said[-len(run) :]):
+        return first  # it was said, and is better spelled
+    return second if said else first._replace(words=[word for word in first.words if word not in run])
+
+
+def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The segments of a transcript, without the full stop at a cut that a sentence goes on over."""
+    for segment, behind in pairwise(segments):
+        if behind["text"][:1].islower():
+            segment["text"] = STOP.sub("", segment["text"])
+    return segments
 
 
 # ------------------------------------------------------------------------------------------------------------

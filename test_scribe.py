@@ -1640,9 +1640,16 @@ def test_tokens_join_to_the_words_of_the_text(text: str, pieces: list[str]) -> N
     ("text", "speech", "kept"),
     [
         ("Thank you.", 0.3, ""),
-        ("Thank you.", 1.5, "Thank you."),
+        ("Thank you.", 0.8, "Thank you."),
+        ("Thank you.", 4.0, ""),
         ("zero zero zero", 1.0, "zero zero zero"),
-        ("no no no no no no no no no no no no no", 1.0, "no"),
+        ("no no no no", 1.0, "no no no no"),
+        ("no no no no no no no no no no no no no", 1.0, ""),
+        ("nd nd nd nd", 4.0, ""),
+        ("1.5% 1.5% 1.5% 1.5%", 4.0, ""),
+        ("%,%,%,%,%,%,", 4.0, ""),
+        ("♪♪♪", 4.0, ""),
+        ("we are " + "so " * 30, 3.0, "we are so"),
         ("so we go home. " * 5, 8.0, "so we go home."),
         ("we say it twice we say it twice", 8.0, "we say it twice we say it twice"),
     ],
@@ -1667,12 +1674,92 @@ def test_a_segment_that_is_surely_silence_is_not_said() -> None:
         assert "".join(word.text for word in words).strip() == "One two. Three."
 
 
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3000]), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_an_hour_of_words_is_read_in_no_time(seed: int, vocabulary: int, ghosts: bool) -> None:
+    rng = random.Random(seed)
+    said = [f"w{rng.randrange(vocabulary)}" for _ in range(9000)]
+    answer: Message = {"text": " ".join(said)}
+    if ghosts:
+        spans = [{"start": 0.4 * n, "end": 0.4 * n + 0.3} for n in range(9000)]
+        answer["words"] = [{"word": word, **span} for word, span in zip(said, spans, strict=True)]
+        sure = [{"no_speech_prob": 0.9 * (n % 2), "avg_logprob": -1.5} for n in range(9000)]
+        answer["segments"] = [
+            {"text": f" {word}", **span, **odds} for word, span, odds in zip(said, spans, sure, strict=True)
+        ]
+    window = dataclasses.replace(WINDOW, end=3610.0, last=3610.0, speech=3600.0)
+    began = time.process_time()
+    scribe.read_answer(answer, window)
+    assert time.process_time() - began < 2.0
+
+
+def hypothesis(text: str, first: float = 10.5, last: float = 13.5) -> scribe.Hypothesis:
+    """What an endpoint with word times heard in WINDOW, evenly between two times."""
+    words = text.split()
+    step = (last - first) / max(1, len(words))
+    timed = [scribe.Word(f" {w}", first + n * step, first + (n + 1) * step) for n, w in enumerate(words)]
+    return scribe.Hypothesis(timed, True)
+
+
+PROMPT = "Names: Acme, Zorblatt and Quux. We met last week in Rome"
+
+
 @pytest.mark.parametrize(
-    ("said", "echo"), [("Acme, Zorblatt and Quux", True), ("Acme", False), ("we met Acme at noon", False)]
+    ("said", "echo"),
+    [
+        ("Acme, Zorblatt and Quux.", "Acme, Zorblatt and Quux."),
+        ("it was late acme zorblatt and quux", "acme zorblatt and quux"),
+        ("last week in Rome and then home", "last week in Rome"),
+        ("Acme", ""),
+        ("we met Acme at noon", ""),
+        ("then Zorblatt and Acme went home", ""),
+    ],
 )
-def test_an_echo_is_the_prompt_and_nothing_else(said: str, echo: bool) -> None:
-    hypothesis = scribe.read_answer({"text": said}, WINDOW)
-    assert scribe.echoes(hypothesis, "Names: Acme, Zorblatt and Quux.") is echo
+def test_words_of_the_prompt_at_an_end_of_the_answer_may_be_an_echo(said: str, echo: str) -> None:
+    run = scribe.echo(hypothesis(said), PROMPT, 2.5)
+    assert scribe.spelled(run) == echo
+    assert scribe.echo(hypothesis(said), "", 2.5) == [], "without a prompt there is none"
+
+
+def test_a_few_words_of_the_prompt_in_no_time_are_an_echo() -> None:
+    assert not scribe.echo(hypothesis("so and Quux"), PROMPT, 2.5)
+    assert scribe.echo(hypothesis("and Quux", 13.4, 13.4), PROMPT, 2.5)
+    assert scribe.echo(hypothesis("and Quux")._replace(doubtful=True), PROMPT, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        ("so it was last week in Rome", "so it was", "so it was"),
+        ("so it was last week in Rome", "so it was last week in roam", "so it was last week in roam"),
+        ("We met last week in Rome", "we met last week in rome", "We met last week in Rome"),
+        ("so it was last week in Rome", "", "so it was"),
+        ("last week in Rome", "", ""),
+    ],
+)
+def test_of_two_answers_the_one_without_the_echo_is_kept(first: str, second: str, kept: str) -> None:
+    prompted = hypothesis(first)
+    run = scribe.echo(prompted, PROMPT, 2.5)
+    assert scribe.spelled(scribe.unprompted(prompted, run, hypothesis(second)).words) == kept
+
+
+def test_a_phantom_alone_is_said_behind_speech_or_silence() -> None:
+    lone = scribe.read_answer({"text": "Thank you."}, dataclasses.replace(WINDOW, speech=0.8))
+    sure = {"text": "Thank you.", "segments": [{"text": "Thank you.", "no_speech_prob": 0.1}]}
+    for heard, spoke, told, kept in (
+        (9.0, 9.0, lone, True),  # right behind a talk
+        (1.0, None, lone, True),  # in a silence
+        (9.0, 2.0, lone, False),  # behind music
+        (9.0, 2.0, scribe.read_answer(sure, dataclasses.replace(WINDOW, speech=0.8)), True),
+    ):
+        transcript = scribe.Transcript()
+        if spoke is not None:
+            transcript.say([scribe.Word(" so", spoke - 0.2, spoke)], spoke)
+            transcript.say([scribe.Word(" Thank you.", spoke, heard)], heard)  # a phantom is no speech
+        if spoke == heard:
+            transcript.say([scribe.Word(" so", heard, heard)], heard)
+        transcript.heard = heard
+        assert bool(transcript.settle(told, WINDOW).segment) is kept
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3941,7 +4028,7 @@ def test_the_state_of_a_session_is_that_of_its_journal(tmp_path: Path) -> None:
     assert live.usage.requests > 5 and live.places == again.places and len(live.places) > 5
     assert (live.gaps, live.marks, live.reason) == (again.gaps, again.marks, again.reason)
     assert json.loads(json.dumps(live.summary)) == again.summary
-    of = [(t.heard, t.resume, t.end, t.prompt(1e9)) for t in (live.transcript, again.transcript)]
+    of = [(t.heard, t.resume, t.end, t.prompt(1e9, 200)) for t in (live.transcript, again.transcript)]
     assert of[0] == of[1]
 
 
