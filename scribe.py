@@ -1062,6 +1062,7 @@ class Usage:
     posted: float = 0.0
     billed: int = 0
     requests: int = 0
+    silent: float = 0.0  # not posted
 
     def add(self, seconds: float) -> None:
         """Count a request."""
@@ -1282,8 +1283,8 @@ class State:
 
     open: the session began. post: a request went out. transcription: there is final text; with `found`, for
     the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
-    in the gap that starts at `found`. mark: reading may begin again here. end: no more audio will come.
-    complete: all that can be transcribed is. stored: the bucket has it all.
+    in the gap that starts at `found`. mark: reading may begin again here. silent: there is no speech. end: no
+    more audio will come. complete: all that can be transcribed is. stored: the bucket has it all.
     """
 
     def __init__(self) -> None:
@@ -1293,7 +1294,7 @@ class State:
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
-        self.stored = False
+        self.stored = self.warned = False  # warned: that there is no speech
 
     @property
     def sequence(self) -> int:
@@ -1318,16 +1319,21 @@ class State:
                 if not message.get("late"):
                     self.transcript.say([Word(*word) for word in event["words"]], message["end"])
             case "gap":
+                self.usage.silent += max(0.0, event["lost"][0] - self.transcript.heard)
                 near = [mark for mark in self.marks if mark.seconds <= event["lost"][0] - LOOKBACK_SECONDS]
                 self.gaps.append(Gap(*event["lost"], *near[-1:]))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
+                self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
             case "end":
                 self.reason = event["reason"]
             case "complete":
                 self.summary = event["summary"]
             case "stored":
                 self.stored = True
+            case "silent":
+                self.warned = True
+        self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1536,6 +1542,7 @@ FLIGHTS = 4  # requests of one session at once
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
 FORM_BYTES = 1 << 13  # of a request beside the file
 MARK_SECONDS = 60.0  # of audio between two marks
+SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
 ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
 
 
@@ -1783,6 +1790,8 @@ class Session:
                 self._queue(self.segmenter.flush())
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
+        if not (self.state.warned or self.state.usage.requests or self._pending):
+            self._warn()
         for code, text in stream.complaints():
             self._say(error_message(code, text, fatal=code == "format"))
         if stream.format.error:
@@ -1797,6 +1806,16 @@ class Session:
         if not self._pending and not self.segmenter.open:
             heard = resume = max(heard, now - PRE_ROLL_SECONDS)
         self.note("mark", mark=(now, form.origin, place), heard=heard, resume=resume)
+
+    def _warn(self) -> None:
+        """Say once that there is no speech, of a beginning or of all."""
+        now, window = self.segmenter.now, self.segmenter.peek()
+        speaks = self.segmenter.open and window.speech >= MIN_SPEECH_SECONDS
+        if now and (now >= SILENT_SECONDS or self.stream.ended) and not speaks:
+            self.note("silent")
+            levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [None]
+            text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
+            self._say(status_message("silent", text, level=levels[len(levels) // 2]))
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
@@ -1876,7 +1895,7 @@ class Session:
             window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
             if isinstance(outcome, Hypothesis):
                 again = self.options.interim or self._budget.affords_again(window.end)
-                self._advance(transcript.settle(outcome, window, again))
+                self._advance(transcript.settle(outcome, window, again), window)
                 continue
             start, end = max(window.start, transcript.heard), window.end
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.session, start, end, outcome)
@@ -1884,8 +1903,9 @@ class Session:
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
 
-    def _advance(self, step: Step) -> None:
-        facts: Message = {"heard": step.heard, "resume": step.resume}
+    def _advance(self, step: Step, window: Window) -> None:
+        silent = max(0.0, window.start - self.state.transcript.heard)
+        facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent}
         if step.segment:
             facts |= {"message": self.final(step.segment), "words": step.segment.words}
         self.note("transcription" if step.segment else "settled", **facts)
@@ -1943,7 +1963,7 @@ class Session:
             return
         step, rest = self.state.transcript.agree(*answer)
         if step:
-            self._advance(step)
+            self._advance(step, answer[1])
             self.segmenter.advance(step.resume)
         if self.client and rest:
             start = max(rest[0].start, self.state.transcript.end)
@@ -2047,14 +2067,15 @@ class Ending:
     async def _segments(self) -> list[Message]:
         past = [event.get("message", {}) async for event, _ in self._session.recording.history()]
         segments = [message for message in past if message.get("type") == "transcription"]
-        return sorted(segments, key=lambda segment: float(segment["start"]))
+        return closed(sorted(segments, key=lambda segment: float(segment["start"])))
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
         spent, gaps = session.state.usage, [span(gap) for gap in session.state.gaps]
-        usage = {"audio_seconds": round(seconds, 3), "posted_seconds": round(spent.posted, 3)}
-        usage |= {"billed_seconds": spent.billed, "requests": spent.requests}
-        usage["factor"] = round(spent.posted / seconds, 3) if seconds else 0.0
+        silent = spent.silent + max(0.0, seconds - session.state.transcript.heard)
+        usage = {"audio_seconds": round(seconds, 3), "silent_seconds": round(silent, 3)}
+        usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
+        usage |= {"requests": spent.requests, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
         what = (session.recording.session, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await self._segments())

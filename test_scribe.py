@@ -1081,7 +1081,9 @@ def _assert_final(final: Message, end: float, received: float, gaps: Sequence[Me
 
 
 def _assert_complete(complete: Message, finals: Sequence[Message]) -> None:
-    assert complete["full_transcription"].split() == " ".join(final["text"] for final in finals).split()
+    texts = [final["text"] for final in finals]
+    joined = [re.sub("[.…]+$", "", a) if b[:1].islower() else a for a, b in itertools.pairwise([*texts, ""])]
+    assert complete["full_transcription"].split() == " ".join(joined).split()
     assert all(final["end"] <= complete["duration"] + ROUNDING for final in finals), complete
     usage = complete["usage"]
     assert usage["posted_seconds"] <= usage["billed_seconds"] + ROUNDING, usage
@@ -4924,6 +4926,83 @@ class Parrot(Endpoint):
             if "prompt" in fields
             else answer
         )
+
+
+class Mumbler(Endpoint):
+    """Says what it heard, and the end of the prompt behind it, as Whisper does in short windows."""
+
+    def transcribe(self, heard: Sequence[Heard], seconds: float, fields: Fields, seed: int) -> Message:
+        answer = super().transcribe(heard, seconds, fields, seed)
+        prompt = fields.get("prompt", [""])[0].split()[-5:]
+        answer["words"] = [*answer.get("words", []), *({"word": w, "start": 1, "end": 1} for w in prompt)]
+        return {**answer, "text": " ".join([answer["text"], *prompt])}
+
+
+@pytest.mark.parametrize("options", [{}, INTERIM])
+def test_carried_text_brings_no_echo(options: Message, tmp_path: Path) -> None:
+    speech = workload("call", 0.5, seed=1)
+    endpoint = Mumbler(0.3)
+    result = transcribed(endpoint, speech, tmp_path, options, carry_characters=50)
+    assert result.words == speech.texts
+    prompts = [post.fields["prompt"][0] for post in endpoint.posts if "prompt" in post.fields]
+    assert prompts and max(map(len, prompts)) <= 50
+
+
+def test_no_text_is_carried_unless_asked_for_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    speech = workload("call", 0.5, seed=1)
+    endpoint = Mumbler(0.3)
+    result = transcribed(endpoint, speech, tmp_path, {})
+    assert result.words == speech.texts
+    assert not any("prompt" in post.fields for post in endpoint.posts)
+    usage = result.complete and result.complete["usage"]
+    assert usage and usage["factor"] <= 1.0
+    assert usage["silent_seconds"] == pytest.approx(speech.seconds - usage["posted_seconds"], abs=1.5)
+    assert usage["silent_seconds"] > 5
+
+
+def empty_room(seconds: float, level: float) -> Speech:
+    """Seconds in which nobody speaks; the level is in dBFS."""
+    samples = np.random.default_rng(1).normal(0, 10 ** (level / 20), round(seconds * RATE))
+    return Speech(samples.astype(np.float32), RATE, [])
+
+
+@pytest.mark.parametrize("options", [{}, INTERIM])
+@pytest.mark.parametrize(("seconds", "level"), [(3.0, -70.0), (30.0, -45.0)])
+def test_a_session_without_speech_is_told_once(
+    options: Message, seconds: float, level: float, tmp_path: Path
+) -> None:
+    endpoint = Endpoint(0.3)
+    result = transcribed(endpoint, empty_room(seconds, level), tmp_path, options)
+    assert [message["status"] for message in result.of("status")] == ["ready", "silent", "complete"]
+    (silent,) = (message for message in result.messages if message.get("status") == "silent")
+    assert silent["level"] == pytest.approx(level, abs=2)
+    assert not endpoint.posts
+    assert result.complete and result.complete["usage"]["silent_seconds"] == pytest.approx(seconds, abs=0.1)
+
+
+def test_who_speaks_late_is_told_before_and_not_again(tmp_path: Path) -> None:
+    speech = speak([12.0, *phrase(VOCABULARY[:4]), 15.0])
+    result = transcribed(Endpoint(0.3), speech, tmp_path, {})
+    assert result.words == speech.texts
+    assert [message["status"] for message in result.of("status")] == ["ready", "silent", "complete"]
+    early = speak([8.0, *phrase(VOCABULARY[:4]), 15.0])
+    result = transcribed(Endpoint(0.3), early, tmp_path, {})
+    assert [message["status"] for message in result.of("status")] == ["ready", "complete"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "whole"),
+    [
+        (["They lag behind.", "by 25 years."], "They lag behind by 25 years."),
+        (["How acidic...", "or basic it is…", "is told."], "How acidic or basic it is is told."),
+        (["We stop.", "Then we go."], "We stop. Then we go."),
+        (["In the U.S.", "it rains."], "In the U.S. it rains."),
+        (["Is it?", "no."], "Is it? no."),
+    ],
+)
+def test_a_sentence_closes_over_a_cut(texts: list[str], whole: str) -> None:
+    segments = scribe.closed([{"text": text} for text in texts])
+    assert " ".join(segment["text"] for segment in segments) == whole
 
 
 @pytest.mark.parametrize("options", [{}, INTERIM])
