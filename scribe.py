@@ -466,8 +466,7 @@ class NoiseFloor:
         self.nothing = self.pause = SILENT_DB  # as long as no more is known, for a word may begin a stream
         self._blocks: deque[float] = deque()
         self._sorted: list[float] = []
-        self._quietest, self._seconds = math.inf, 0.0
-        self._faintest = HIDDEN_DB  # of all frames
+        self._quietest, self._seconds, self._faintest = math.inf, 0.0, HIDDEN_DB  # of a block; of all
 
     def hear(self, level: float, seconds: float) -> None:
         """Count a frame. NaN says nothing."""
@@ -2045,7 +2044,8 @@ class Ending:
         await session.transcribe(pending)
         places.release()
         if isinstance(pending.outcome, Hypothesis):
-            segment = Transcript(gap.start).settle(pending.outcome, pending.window).segment
+            outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
+            segment = Transcript(gap.start).settle(outcome, pending.window).segment
             message = {"message": session.final(segment, late=True)} if segment else {}
             session.note("transcription" if segment else "filled", found=gap.start, **message)
 
