@@ -18,11 +18,10 @@ The path of the audio, from here to `main`:
     Spool       audio and journal of each session: what has happened, and survives kill -9
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
-    Ending      what is left to do when its audio is over
     Server      the handshake, the sweep of the spool, the way down, and `main`
-Behind it, each readable alone: who is let in; sessions that nobody works on; when interim text is asked for;
-what answers look like, without ghosts; Opus with Ogg and WebM; MP3; MP4; what is held until the end;
-recognising a stream; the bucket; offline recognition.
+Behind it, each readable alone: who is let in; what is left to do when a session is over; sessions that nobody
+works on; when interim text is asked for; what answers look like, without ghosts; Opus with Ogg and WebM; MP3;
+MP4; what is held until the end; recognising a stream; the bucket; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -140,6 +139,7 @@ class Settings:
     deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
     upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 17, 1 << 32))
     interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
+    carry_characters: int = value(0, "of final text, put into the next prompt", range(PROMPT_CHARACTERS + 1))
     session_billed_seconds: int = value(0, "cap on billed seconds of a session; 0: none", range(1 << 31))
     hourly_billed_seconds: int = value(0, "cap on billed seconds in an hour; 0: none", range(1 << 31))
     spool_dir: str = value(".spool", "directory of the sessions' audio and journals")
@@ -467,49 +467,55 @@ class Stream:
 # ------------------------------------------------------------------------------------------------------------
 # Segmenter: frames in, windows out.
 #
-# A frame is speech if it is louder than the noise floor by a margin; the floor is a low percentile of the
-# last seconds, so it follows the room and not the voice. A window opens at the first speech, with a pre-roll,
-# and closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause ends
-# it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a cut,
-# the window is not `clean`. What holds next to no speech is no window. Windows are in order and disjoint:
-# they never add up to more than the stream. Each carries some frames in front of its start.
+# Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
+# which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
+# pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
+# window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
+# ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
+# cut, the window is not `clean`. Windows are in order and disjoint: they never add up to more than the
+# stream. Each carries some frames in front of its start.
 # ------------------------------------------------------------------------------------------------------------
 
-PRE_ROLL_SECONDS = 0.5  # before the first speech of a window: soft onsets lie under the threshold
-TAIL_SECONDS, TAIL_SHARE = 0.3, 0.6  # of a pause that go to the window before it: so much, at most this part
+PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
+TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
 LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds of silence that end a window, at first and in the end
 SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
 CLEAN_PAUSE = 0.1  # seconds; the closure of a stop consonant, inside a word, is shorter
 LIMIT_SECONDS = 15.0  # of a window
 QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this length in the last third
-MIN_SPEECH_SECONDS = 0.15  # less is a click or a breath; the edges of a word of 0.2 s are too soft to count
+MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
+SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
+CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 
-MARGIN_DB = 7.0  # of speech over the noise floor: generous, a whisper must pass
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
+LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
+SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
 FLOOR_BLOCK_SECONDS = 0.1  # of history that counts by its quietest frame
-FLOOR_START_DB, FLOOR_MIN_DB, FLOOR_MAX_DB = -60.0, -62.0, -30.0  # dBFS
+HIDDEN_DB = -60.0  # dBFS: as this, or as the faintest frame so far, counts digital silence: it hides a room
 WARM_SECONDS = FLOOR_SECONDS + LOOKBACK_SECONDS  # to be heard before a window is cut as it would have been
 
 
 class NoiseFloor:
-    """The level of the room."""
+    """The level of the room, and with it what is nothing and what a pause, in dBFS: no louder than this."""
 
     def __init__(self) -> None:
-        self.threshold = FLOOR_START_DB + MARGIN_DB  # dBFS; louder is speech
-        self._blocks = deque([FLOOR_START_DB] * 3)
-        self._sorted = list(self._blocks)
-        self._quietest, self._seconds = math.inf, 0.0
+        self.nothing = self.pause = SILENT_DB  # as long as no more is known, for a word may begin a stream
+        self._blocks: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._quietest, self._seconds, self._faintest = math.inf, 0.0, HIDDEN_DB  # of a block; of all
 
     def hear(self, level: float, seconds: float) -> None:
         """Count a frame. NaN says nothing."""
         if level < self._quietest:
             self._quietest = level
+            if SILENT_DB < level < self._faintest:
+                self._faintest = level
         self._seconds += seconds
         if self._seconds >= FLOOR_BLOCK_SECONDS - 1e-9:
             if self._quietest < math.inf:
-                self._count(self._quietest)
+                self._count(max(self._quietest, self._faintest))
             self._quietest, self._seconds = math.inf, 0.0
 
     def _count(self, level: float) -> None:
@@ -517,8 +523,8 @@ class NoiseFloor:
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
             del self._sorted[bisect_left(self._sorted, self._blocks.popleft())]
-        floor = self._sorted[int(len(self._sorted) * FLOOR_SHARE)]
-        self.threshold = min(max(floor, FLOOR_MIN_DB), FLOOR_MAX_DB) + MARGIN_DB
+        least, floor = (self._sorted[int(len(self._sorted) * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
+        self.nothing, self.pause = floor + min(SOUND_DB + floor - least, PAUSE_DB), floor + PAUSE_DB
 
 
 class Frames:
@@ -615,6 +621,7 @@ class Segmenter:
         self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
+        self._said, self._sound = False, 0.0  # it was behind speech; seconds of sound without a rest
         self._floor, self._frames = NoiseFloor(), Frames()
 
     @property
@@ -625,21 +632,26 @@ class Segmenter:
     def feed(self, frames: Iterable[Frame]) -> list[Window]:
         """The windows that these frames end."""
         windows: list[Window] = []
-        floor, keep = self._floor, self._frames.append
+        floor, keep, sound = self._floor, self._frames.append, self._sound
         for frame in frames:
             self.now = now = self.now + frame.seconds
             keep(frame, now)
             floor.hear(frame.level, frame.seconds)
-            if not frame.level <= floor.threshold and now > self._cut:
-                self.last = now
-                if not self.open:
-                    self.open, self.first = True, now - frame.seconds
+            sound = 0.0 if frame.level <= floor.nothing else sound + frame.seconds
+            if not self.open:
+                if sound >= SOUND_SECONDS and now > self._cut:
+                    self.open, self.first, self.last = True, max(self._cut, now - sound), now
                     self.start = max(self._cut, self.first - PRE_ROLL_SECONDS)
-            elif self.open and now - self.last >= SHORT_PAUSE:
+            elif not frame.level <= floor.pause:
+                if self.last < self.first + CLICK_SECONDS and now > self.last + SHORT_PAUSE:
+                    self.first = now - frame.seconds  # what was before it was no speech
+                self.last = now
+            elif now - self.last >= SHORT_PAUSE:
                 windows += self._pause()
             if self.open and now - self.start >= self.limit:
                 windows += self._too_long()
-        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS)
+        self._sound = sound
+        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS - SOUND_SECONDS)
         self._frames.forget(start - LOOKBACK_SECONDS)
         return windows
 
@@ -676,7 +688,7 @@ class Segmenter:
     def _close(self, end: float, clean: bool) -> list[Window]:
         window = self._window(end, clean)
         wanted = window.speech >= MIN_SPEECH_SECONDS or not self._clean
-        self._cut, self._clean = window.end, clean or not wanted
+        self._cut, self._clean, self._said = window.end, clean or not wanted, wanted
         # speech behind the cut opens the next window; so does an unclean cut, which may leave it a word
         self.open = self.last > self._cut or not self._clean
         self.start, self.first, self.last = self._cut, self._cut, max(self._cut, self.last)
@@ -686,12 +698,15 @@ class Segmenter:
         frames = self._frames.between(self.start - LOOKBACK_SECONDS, end)
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
-        threshold = self._floor.threshold  # it knows the noise better now than when the frames came
-        loud = (not level <= threshold for level in frames.levels[own:])
-        spans = zip(pairwise(times), loud, strict=True)
-        speech = sum(till - since for (since, till), speaks in spans if speaks)
-        last = min(self.last, times[-1])
-        return Window(self.start, times[-1], min(self.first, last), last, speech, clean, frames)
+        nothing = self._floor.nothing  # it knows the room better now than when the frames came
+        loud = (not level <= nothing for level in frames.levels[own:])
+        edges = [at for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
+        sounds = [times[till] - times[since] for since, till in zip(edges[::2], edges[1::2], strict=True)]
+        # what goes on right behind speech may be the end of it, in pieces
+        heard = max(sounds, default=0.0) >= CLICK_SECONDS or (self._said and self.start <= self._cut)
+        speech = sum(sounds) if heard else 0.0
+        last, first = min(self.last, times[-1]), times[edges[0]] if edges else self.first
+        return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -708,7 +723,6 @@ EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may
 CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
 TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
 TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
-CARRIED_CHARACTERS = 200  # of final text in the prompt
 
 
 class Word(NamedTuple):
@@ -724,6 +738,8 @@ class Hypothesis(NamedTuple):
 
     words: list[Word]
     timed: bool
+    doubtful: bool = False  # the endpoint says so
+    lone: bool = False  # a phantom that stands alone, for which nothing vouches
 
 
 class Segment(NamedTuple):
@@ -780,17 +796,21 @@ class Transcript:
         self.heard = self.resume = heard  # see Step
         self.end = heard  # of the last segment
         self.timed = True  # the endpoint gives word times, as far as is known
+        self._spoke = -math.inf  # when the last one did that is no phantom
         self._tail: list[Word] = []  # final words
         self._previous: list[Word] = []  # of the last hypothesis, not final
 
-    def say(self, words: Iterable[Word], end: float) -> None:
+    def say(self, words: Sequence[Word], end: float) -> None:
         """Take up final words, in order, which end at a time in seconds."""
         self._tail = [*self._tail, *words][-TAIL_WORDS:]
         self.end = max(self.end, end)
+        if not PHANTOMS.fullmatch(normal(spelled(words))):
+            self._spoke = self.end
 
-    def prompt(self, start: float) -> str:
+    def prompt(self, start: float, characters: int) -> str:
         """The end of the final text in front of a window that starts then."""
-        return spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)[-CARRIED_CHARACTERS:]
+        text = spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)
+        return text[max(0, len(text) - characters) :]
 
     def context(self, window: Window) -> Window:
         """The window from where it is to be heard: behind what is final, or before that to align by."""
@@ -825,6 +845,8 @@ class Transcript:
         return Step(heard, resume, self._segment(agreed, window, timed=True)), self._previous
 
     def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
+        if hypothesis.lone and window.start - self.heard < PHANTOM_REST < window.first - self._spoke:
+            return []  # right in front of it there was sound too, and nobody spoke
         if window.start >= self.heard - 1e-6 or not self._tail:
             return hypothesis.words
         return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
@@ -1100,6 +1122,7 @@ class Usage:
     posted: float = 0.0
     billed: int = 0
     requests: int = 0
+    silent: float = 0.0  # not posted
 
     def add(self, seconds: float) -> None:
         """Count a request."""
@@ -1260,7 +1283,7 @@ class Recording:
         """All final text, in the order of time."""
         past = [event.get("message", {}) async for event, _ in self.history()]
         found = [message for message in past if message.get("type") == "transcription"]
-        return sorted(found, key=lambda message: float(message["start"]))
+        return closed(sorted(found, key=lambda message: float(message["start"])))
 
     def touch(self) -> None:
         """Let the grace time begin now, if the disk allows."""
@@ -1349,8 +1372,8 @@ class State:
 
     open: the session began. post: a request went out. transcription: there is final text; with `found`, for
     the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
-    in the gap that starts at `found`. mark: reading may begin again here. end: no more audio will come.
-    complete: all that can be transcribed is. stored: the bucket has an object of it.
+    in the gap that starts at `found`. mark: reading may begin again here. silent: there is no speech. end: no
+    more audio will come. complete: all that can be transcribed is. stored: the bucket has an object of it.
     """
 
     def __init__(self) -> None:
@@ -1361,6 +1384,7 @@ class State:
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
         self._stored: set[str] = set()  # what the bucket has
+        self.warned = False  # that there is no speech
 
     @property
     def sequence(self) -> int:
@@ -1388,20 +1412,23 @@ class State:
             case "transcription":
                 self.places.append(place)
                 if not message.get("late"):
-                    self.transcript.say((Word(*word) for word in event["words"]), message["end"])
+                    self.transcript.say([Word(*word) for word in event["words"]], message["end"])
             case "gap":
+                self.usage.silent += max(0.0, event["lost"][0] - self.transcript.heard)
                 near = [mark for mark in self.marks if mark.seconds <= event["lost"][0] - LOOKBACK_SECONDS]
                 self.gaps.append(Gap(*event["lost"], *near[-1:]))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
+                self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
             case "end":
                 self.reason = event["reason"]
             case "complete":
                 self.summary = event["summary"]
             case "stored":
-                self._stored |= (
-                    {event["object"]} if "object" in event else set(OBJECTS)
-                )  # at once in version 1
+                self._stored |= {event["object"]} if "object" in event else set(OBJECTS)  # all in version 1
+            case "silent":
+                self.warned = True
+        self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1540,6 +1567,7 @@ MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one reque
 FORM_BYTES = 1 << 13  # of a request beside the file
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
 MARK_SECONDS = 60.0  # of audio between two marks
+SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
 ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
 
 
@@ -1806,6 +1834,8 @@ class Session:
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
         stream.weigh(time.thread_time() - begun, self.segmenter.now)
+        if not (self.state.warned or self.state.usage.requests or self._pending):
+            self._warn()
         for code, text in stream.complaints():
             self._say(error_message(code, text, fatal=code == "format"))
         if stream.format.error:
@@ -1820,6 +1850,16 @@ class Session:
         if not self._pending and not self.segmenter.open:
             heard = resume = max(heard, now - PRE_ROLL_SECONDS)
         self.note("mark", mark=(now, form.origin, place), heard=heard, resume=resume)
+
+    def _warn(self) -> None:
+        """Say once that there is no speech, of a beginning or of all."""
+        now, window = self.segmenter.now, self.segmenter.peek()
+        speaks = self.segmenter.open and window.speech >= MIN_SPEECH_SECONDS
+        if now and (now >= SILENT_SECONDS or self.stream.ended) and not speaks:
+            self.note("silent")
+            levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [None]
+            text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
+            self._say(status_message("silent", text, level=levels[len(levels) // 2]))
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
@@ -1860,13 +1900,13 @@ class Session:
                 return
 
     async def transcribe(self, pending: Pending) -> None:
-        """Bring a window to text; where the answer repeats the prompt, ask once more without it."""
+        """Bring a window to text; where the prompt may have put words into it, ask once more without."""
         desk = self.services.desk
         try:
             hypothesis = read_answer(await desk.final(self, lambda: self._post(pending)), pending.window)
-            if echoes(hypothesis, pending.prompt):
+            if doubt := echo(hypothesis, pending.prompt, pending.window.speech):
                 answer = await desk.final(self, lambda: self._post(pending, prompted=False))
-                hypothesis = read_answer(answer, pending.window)
+                hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
             pending.outcome = EndpointError(str(error))  # by its traceback, the other would keep the file
@@ -1892,9 +1932,9 @@ class Session:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         file = (f"audio.{form.extension}", content, form.media_type)
         if prompted:
-            room = max(0, PROMPT_CHARACTERS - len(self.options.prompt) - 1)
-            carried = self.state.transcript.prompt(window.start)
-            pending.prompt = f"{self.options.prompt} {carried[len(carried) - room :]}".strip()
+            own, most = self.options.prompt, self.services.settings.carry_characters
+            carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
+            pending.prompt = f"{own} {carried}".strip()
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
         self.note("post", seconds=seconds)
         self.services.hour.add(seconds, self._clock())
@@ -1907,7 +1947,7 @@ class Session:
             window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
             if isinstance(outcome, Hypothesis):
                 again = self.options.interim or self._budget.affords_again(window.end)
-                self._advance(transcript.settle(outcome, window, again))
+                self._advance(transcript.settle(outcome, window, again), window)
                 continue
             start, end = max(window.start, transcript.heard), window.end
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
@@ -1915,8 +1955,9 @@ class Session:
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
 
-    def _advance(self, step: Step) -> None:
-        facts: Message = {"heard": step.heard, "resume": step.resume}
+    def _advance(self, step: Step, window: Window) -> None:
+        silent = max(0.0, window.start - self.state.transcript.heard)
+        facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent}
         if step.segment:
             facts |= {"message": self.final(step.segment), "words": step.segment.words}
         self.note("transcription" if step.segment else "settled", **facts)
@@ -1956,8 +1997,8 @@ class Session:
         try:
             answer = await self.services.desk.interim(self, lambda: self._post(interim))
             hypothesis = read_answer(answer, interim.window)
-            if echoes(hypothesis, interim.prompt):
-                raise EndpointError("the endpoint repeats the prompt")
+            if echo(hypothesis, interim.prompt, interim.window.speech):
+                raise EndpointError("the endpoint may repeat the prompt")
             interim.outcome = hypothesis
         except EndpointError as error:
             if interim in self._pending:  # it has become a final: ask as for one
@@ -1974,7 +2015,7 @@ class Session:
             return
         step, rest = self.state.transcript.agree(*answer)
         if step:
-            self._advance(step)
+            self._advance(step, answer[1])
             self.segmenter.advance(step.resume)
         if self.client and rest:
             start = max(rest[0].start, self.state.transcript.end)
@@ -1984,109 +2025,6 @@ class Session:
 def span(timed: Word | Segment | Gap) -> dict[str, float]:
     """Start and end as they stand in messages."""
     return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ending: what is left to do when all audio of a session is heard.
-#
-# The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
-# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; then
-# the session is at rest, and the sweep comes back to it until the bucket has it.
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Ending:
-    """The end of one session."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self._deposit = session, Deposit(session)
-        self._begun = self.over = self.waits = (
-            False  # over: nothing is left to do now, or only for the bucket
-        )
-        self._ready = False  # `complete` may be said
-        self._told: Client | None = None  # the last one to whom it was
-
-    def announce(self) -> None:
-        """Send `complete`, the last message, and close, if it is time and there is a client."""
-        session, summary = self._session, self._session.state.summary
-        if not (self._ready and summary and session.client):
-            return
-        text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
-        self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
-        self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
-
-    def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
-        """Begin, once; wake the session when it is over."""
-        if not self._begun:
-            self._begun = True
-            tasks.create_task(self._run(wake))
-
-    async def _run(self, wake: asyncio.Event) -> None:
-        session = self._session
-        if session.state.summary is None:
-            await self._fill_gaps()
-            session.note("complete", summary=await self._sum_up())
-        async with asyncio.TaskGroup() as group:
-            upload = group.create_task(self._deposit.store())
-            await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
-            self._ready = True
-            self.announce()
-            if self._told:
-                await self._told.done.wait()
-            session.done.set()
-        if self._told:  # perhaps another one, that came meanwhile
-            await self._told.done.wait()
-        left = session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT))
-        if left and self._deposit.done:
-            session.recording.remove()
-        self.over, self.waits = True, not self._deposit.done
-        wake.set()
-
-    async def _fill_gaps(self) -> None:
-        places = asyncio.Semaphore(FLIGHTS)
-        async with asyncio.TaskGroup() as group:
-            async for window in self._windows(sorted(self._session.state.gaps)):
-                await places.acquire()
-                group.create_task(self._fill(window, places))
-
-    async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
-        session, pending = self._session, Pending(window)
-        await session.transcribe(pending)
-        places.release()
-        if isinstance(pending.outcome, Hypothesis):
-            segment = Transcript(window.start).settle(pending.outcome, pending.window).segment
-            message = {"message": session.final(segment, late=True)} if segment else {}
-            session.note("transcription" if segment else "filled", found=window.start, **message)
-
-    async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
-        """The windows of gaps, in order; their frames are found again, from their marks on."""
-        session, now = self._session, -1.0
-        for gap in gaps:
-            if now < gap.mark.seconds:
-                stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
-                for _ in stream.go_on(gap.mark, session.recording.read):
-                    await asyncio.sleep(0)
-            while now < gap.end and not stream.ended:
-                paused = stream.format.paused
-                data = b"" if paused else session.recording.read(stream.offset, PIECE_BYTES)
-                for frame in stream.feed(data) if data or paused else stream.end():
-                    now += frame.seconds
-                    frames.append(frame, now)
-                frames.forget(gap.start - LOOKBACK_SECONDS)
-                await asyncio.sleep(0)
-            found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
-            yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
-
-    async def _sum_up(self) -> Message:
-        session, seconds = self._session, self._session.segmenter.now
-        spent, gaps = session.state.usage, [span(gap) for gap in session.state.gaps]
-        usage = {"audio_seconds": round(seconds, 3), "posted_seconds": round(spent.posted, 3)}
-        usage |= {"billed_seconds": spent.billed, "requests": spent.requests}
-        usage["factor"] = round(spent.posted / seconds, 3) if seconds else 0.0
-        what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
-        log.info("session %s: over (%s), %s, %d gaps", *what)
-        text = " ".join(segment["text"] for segment in await session.recording.segments())
-        return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2496,6 +2434,111 @@ class Door:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Ending: what is left to do when all audio of a session is heard.
+#
+# The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
+# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; then
+# the session is at rest, and the sweep comes back to it until the bucket has it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Ending:
+    """The end of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._deposit = session, Deposit(session)
+        self._begun = self.over = self.waits = (
+            False  # over: nothing is left to do now, or only for the bucket
+        )
+        self._ready = False  # `complete` may be said
+        self._told: Client | None = None  # the last one to whom it was
+
+    def announce(self) -> None:
+        """Send `complete`, the last message, and close, if it is time and there is a client."""
+        session, summary = self._session, self._session.state.summary
+        if not (self._ready and summary and session.client):
+            return
+        text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
+        self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
+        self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
+
+    def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
+        """Begin, once; wake the session when it is over."""
+        if not self._begun:
+            self._begun = True
+            tasks.create_task(self._run(wake))
+
+    async def _run(self, wake: asyncio.Event) -> None:
+        session = self._session
+        if session.state.summary is None:
+            await self._fill_gaps()
+            session.note("complete", summary=await self._sum_up())
+        async with asyncio.TaskGroup() as group:
+            upload = group.create_task(self._deposit.store())
+            await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
+            self._ready = True
+            self.announce()
+            if self._told:
+                await self._told.done.wait()
+            session.done.set()
+        if self._told:  # perhaps another one, that came meanwhile
+            await self._told.done.wait()
+        left = session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT))
+        if left and self._deposit.done:
+            session.recording.remove()
+        self.over, self.waits = True, not self._deposit.done
+        wake.set()
+
+    async def _fill_gaps(self) -> None:
+        places = asyncio.Semaphore(FLIGHTS)
+        async with asyncio.TaskGroup() as group:
+            async for window in self._windows(sorted(self._session.state.gaps)):
+                await places.acquire()
+                group.create_task(self._fill(window, places))
+
+    async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
+        session, pending = self._session, Pending(window)
+        await session.transcribe(pending)
+        places.release()
+        if isinstance(pending.outcome, Hypothesis):
+            outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
+            segment = Transcript(window.start).settle(outcome, pending.window).segment
+            message = {"message": session.final(segment, late=True)} if segment else {}
+            session.note("transcription" if segment else "filled", found=window.start, **message)
+
+    async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
+        """The windows of gaps, in order; their frames are found again, from their marks on."""
+        session, now = self._session, -1.0
+        for gap in gaps:
+            if now < gap.mark.seconds:
+                stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
+                for _ in stream.go_on(gap.mark, session.recording.read):
+                    await asyncio.sleep(0)
+            while now < gap.end and not stream.ended:
+                paused = stream.format.paused
+                data = b"" if paused else session.recording.read(stream.offset, PIECE_BYTES)
+                for frame in stream.feed(data) if data or paused else stream.end():
+                    now += frame.seconds
+                    frames.append(frame, now)
+                frames.forget(gap.start - LOOKBACK_SECONDS)
+                await asyncio.sleep(0)
+            found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+            yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
+
+    async def _sum_up(self) -> Message:
+        session, seconds = self._session, self._session.segmenter.now
+        spent, gaps = session.state.usage, [span(gap) for gap in session.state.gaps]
+        silent = spent.silent + max(0.0, seconds - session.state.transcript.heard)
+        usage = {"audio_seconds": round(seconds, 3), "silent_seconds": round(silent, 3)}
+        usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
+        usage |= {"requests": spent.requests, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
+        what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
+        log.info("session %s: over (%s), %s, %d gaps", *what)
+        text = " ".join(segment["text"] for segment in await session.recording.segments())
+        return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Sweep: sessions that nobody works on.
 #
 # Those that a client has left are finished when their grace time is over, whichever server began them. Those
@@ -2636,9 +2679,15 @@ class Interims:
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
+LOOP_LONGEST = 40  # words of a phrase that Whisper loops: a long sentence
 LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
-ECHO_WORDS = 4  # words of the prompt in a row that are an echo, not speech
-PHANTOM_SECONDS = 0.5  # with less speech than this nobody said a phantom
+LOOP_SLOWEST = 2.0  # of a short word that is said again and again
+LOOP = re.compile(r"(.{2,8}?)\1{3,}")  # an answer that is nothing else, without spaces
+ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
+PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
+STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
+PHANTOM_REST = 5.0  # seconds; since speech, or of silence, in which a phantom's words are said alone
+PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom's words, said
 PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
     "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
 )
@@ -2679,20 +2728,27 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     """What the endpoint says of a window, without ghosts. Any field but `text` may be missing or odd."""
     segments = [item for item in _list(answer.get("segments")) if isinstance(item, dict)]
-    ghosts = [item for item in segments if _is_ghost(item)]
-    spoken = [item for item in segments if item not in ghosts]
-    text = " ".join(_text(item.get("text")) for item in spoken) if ghosts else _text(answer.get("text"))
+    ghosts = list(map(_is_ghost, segments))
+    spoken = [item for item, ghost in zip(segments, ghosts, strict=True) if not ghost]
+    text = " ".join(_text(item.get("text")) for item in spoken) if any(ghosts) else _text(answer.get("text"))
     text = " ".join(text.split())  # whisper.cpp breaks its lines
     entries = _list(answer.get("words")) or [entry for item in segments for entry in _list(item.get("words"))]
-    silent = [(_number(item.get("start")), _number(item.get("end"))) for item in ghosts]
-    heard = [
-        word for word in map(_timed, entries) if word and not any(a <= word.start < b for a, b in silent)
-    ]
+    spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
+    silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
+    starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
+    heard = (
+        word for word in map(_timed, entries) if word and word.start >= ends[bisect_right(starts, word.start)]
+    )
     timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
-    if window.speech < PHANTOM_SECONDS and PHANTOMS.fullmatch(normal(text)):
+    letters, lone = normal(text), False
+    if PHANTOMS.fullmatch(letters):
+        lone = not any(_number(item.get("no_speech_prob")) < PHANTOM_NO_SPEECH for item in spoken)
+        words = words if PHANTOM_SECONDS <= window.speech <= PHANTOM_MOST else []
+    elif not letters or _is_loop(letters, len(words), window.speech):
         words = []
-    return Hypothesis(_without_loops(words, window.speech), bool(timed))
+    doubtful = any(_number(item.get("avg_logprob")) < GHOST_LOGPROB for item in spoken)
+    return Hypothesis(_without_loops(words, window.speech), bool(timed), doubtful, lone)
 
 
 def _list(found: object) -> list[Any]:
@@ -2757,26 +2813,57 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
     return [Word(piece, *span) for piece, span in zip(pieces, pairwise(times), strict=True)]
 
 
+def _is_loop(letters: str, words: int, speech: float) -> bool:
+    """Whether a text is one syllable or two over and over, in a time in which nobody says so many."""
+    loop = LOOP.fullmatch(letters)
+    count = max(words, len(letters) // len(loop[1])) if loop else 0
+    return bool(loop) and not LOOP_SLOWEST <= count / max(speech, PHANTOM_SECONDS) <= LOOP_RATE
+
+
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
     """Keep one of a phrase that is repeated over and over. "Zero zero zero" is said: it takes its time."""
     words, texts = list(words), [normal(word.text) for word in words]
     shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
-    index = 0
-    while index < len(words):
-        for size in range(shortest, (len(words) - index) // LOOP_COUNT + 1):
-            behind = stop = index + size
-            while texts[stop : stop + size] == texts[index:behind]:
-                stop += size
-            if stop >= index + LOOP_COUNT * size:
-                del words[behind:stop], texts[behind:stop]
-        index += 1
+    for size in range(shortest, min(LOOP_LONGEST, len(words) // LOOP_COUNT) + 1):
+        same = bytes(map(operator.eq, texts, texts[size:])) + b"\0"  # in C: a held file has 10,000 words
+        kept, at = [], 0
+        while (begin := same.find(b"\1" * size * (LOOP_COUNT - 1), at)) >= 0:
+            stop = same.index(b"\0", begin)
+            kept.append(slice(at, begin + size))
+            at = begin + size + (stop - begin) // size * size
+        kept.append(slice(at, None))
+        words = [word for part in kept for word in words[part]]
+        texts = [text for part in kept for text in texts[part]]
     return words
 
 
-def echoes(hypothesis: Hypothesis, prompt: str) -> bool:
-    """Whether a hypothesis only repeats the prompt that came with it."""
-    words = hypothesis.words
-    return len(words) >= ECHO_WORDS and normal(spelled(words)) in normal(prompt)
+def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
+    """The words at the beginning or the end of a hypothesis that it may have from its prompt."""
+    words, known = hypothesis.words, normal(prompt)
+    texts = [normal(word.text) for word in words] if known else []
+    begins, ends = accumulate(texts), accumulate(reversed(texts), lambda behind, text: text + behind)
+    first, last = (sum(1 for _ in takewhile(known.__contains__, runs)) for runs in (begins, ends))
+    run = words[:first] if first >= last else words[len(words) - last :]
+    hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
+    if hypothesis.timed and run:
+        hasty = hasty or len(run) > 2 * LOOP_RATE * (run[-1].end - run[0].start)
+    return run if hasty or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
+
+
+def unprompted(first: Hypothesis, run: Sequence[Word], second: Hypothesis) -> Hypothesis:
+    """The better of two hypotheses: with a prompt, of which there is a run of words in it; and without."""
+    said, echoed = ([normal(word.text) for word in words] for words in (second.words, run))
+    if echoed in (said[: len(run)], said[-len(run) :]):
+        return first  # it was said, and is better spelled
+    return second if said else first._replace(words=[word for word in first.words if word not in run])
+
+
+def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The segments of a transcript, without the full stop at a cut that a sentence goes on over."""
+    for segment, behind in pairwise(segments):
+        if behind["text"][:1].islower():
+            segment["text"] = STOP.sub("", segment["text"])
+    return segments
 
 
 # ------------------------------------------------------------------------------------------------------------
