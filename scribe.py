@@ -2252,14 +2252,8 @@ LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
-LEAST_ROOM, FINISHING = (
-    8,
-    2,
-)  # sessions that run at least; so many times MAX_SESSIONS with those that are over
-TAKEN_BYTES, TAKEN_SECONDS = (
-    1 << 12,
-    0.005,
-)  # at a time: 600 frames at most; until all that wait are looked at
+LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
+TAKEN_BYTES, TAKEN_SECONDS = 1 << 12, 0.005  # at a time, 600 frames at most; until the next look at who waits
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
@@ -2299,6 +2293,7 @@ class Connection(ServerConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.recv_messages.resume = self._resume
         self._door.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -2329,12 +2324,16 @@ class Connection(ServerConnection):
             data = bytes(self._untaken[:TAKEN_BYTES])
             del self._untaken[:TAKEN_BYTES]
             self._take(data)
+            self._resume()
             if not self._untaken and self._cut:
                 super().eof_received()
                 self.transport.close()
-            elif not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
-                self.transport.resume_reading()
         return bool(self._untaken)
+
+    def _resume(self) -> None:
+        """Read on, if neither bytes nor messages wait."""
+        if not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
+            self.transport.resume_reading()
 
     def _take(self, data: bytes) -> None:
         """Answers to pings are not held back by websockets, however many are unread."""
@@ -2353,20 +2352,16 @@ class Door:
         self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins))
         self._local = settings.host in LOCAL
-        self._open, self._unasked = (
-            0,
-            dict[Connection, None](),
-        )  # connections; those without a request, oldest first
-        self._queue: deque[Connection] = deque()
+        self._open = 0  # connections
+        self._unasked: dict[Connection, None] = {}  # those without a request, oldest first
+        self._queue: deque[Connection] = deque()  # those that have received much
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
         most = FINISHING * settings.max_sessions + SWEPT
         self.room = max(LEAST_ROOM, min(left // 2, most))  # for sessions, each with a client and a file
         if self.room < settings.max_sessions:
-            log.warning(
-                "%d descriptors are enough for %d sessions at once: raise the limit", whole, self.room
-            )
+            log.warning("%d descriptors suffice for %d sessions: raise the limit", whole, self.room)
 
     def enter(self, connection: Connection) -> None:
         """Count a connection."""
@@ -2416,9 +2411,8 @@ class Door:
         shown = [bearer.strip()] * (scheme.lower() == "bearer")
         shown += [text for name, text in parse_qsl(query) if name == "token"]
         codes = [text.encode(errors="surrogateescape") for text in shown]
-        if self._tokens and not any(
-            hmac.compare_digest(code, token) for code in codes for token in self._tokens
-        ):
+        right = [hmac.compare_digest(code, token) for code in codes for token in self._tokens]
+        if self._tokens and not any(right):
             raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
 
     def _is_ours(self, origin: str, host: str) -> bool:
@@ -2547,7 +2541,7 @@ class Ending:
 # ------------------------------------------------------------------------------------------------------------
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
-SWEPT = 16  # sessions without a client that the sweep lets run at once: each holds a descriptor
+SWEPT = 8  # sessions that the sweep lets run at once: each holds a descriptor, and wants the bucket
 RETRY_SECONDS, RETRY_MOST = 1.0, 300.0  # until a session is tried again: at first, doubling, and at most
 ATTEMPTS = 8  # at a session that fails by its own fault, within two minutes or so
 
@@ -2559,6 +2553,7 @@ class Sweep:
         self._spool, self._grace = services.spool, services.settings.grace_seconds
         self._sessions, self._find = sessions, find
         self._later: dict[str, tuple[int, float]] = {}  # how often a session was put off, and until when
+        self._swept: set[str] = set()  # those that it made run
         self._clock = asyncio.get_running_loop().time
 
     def postpone(self, name: str) -> int:
@@ -2588,13 +2583,17 @@ class Sweep:
             for session in self._sessions.values():
                 session.recording.touch()
             left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
+            pause = min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST)
             for name in left | self._later.keys():
                 if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
                     continue
-                if sum(session.client is None for session in self._sessions.values()) >= SWEPT:
+                self._swept &= self._sessions.keys()
+                if len(self._swept) >= SWEPT:
+                    pause = SWEEP_LEAST
                     break
+                self._swept.add(name)
                 await self._take_up(name, name in left)
-            await asyncio.sleep(min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST))
+            await asyncio.sleep(pause)
 
     async def _take_up(self, name: str, left: bool) -> None:
         try:
