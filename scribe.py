@@ -2542,7 +2542,7 @@ class Ending:
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
 SWEPT = 8  # sessions that the sweep lets run at once: each holds a descriptor, and wants the bucket
-RETRY_SECONDS, RETRY_MOST = 1.0, 300.0  # until a session is tried again: at first, doubling, and at most
+RETRY_SECONDS, RETRY_MOST = 1.0, 60.0  # until a session is tried again: at first, doubling, and at most
 ATTEMPTS = 8  # at a session that fails by its own fault, within two minutes or so
 
 
