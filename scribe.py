@@ -486,6 +486,7 @@ QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this lengt
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
+SYLLABLES_SECONDS = 0.19  # nor are these two: of two clicks one may have a frame of noise
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 
@@ -621,7 +622,7 @@ class Segmenter:
         self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
-        self._said, self._sound = False, 0.0  # it was behind speech; seconds of sound without a rest
+        self._said, self._sound = settled > 0, 0.0  # it was behind speech; seconds of sound without a rest
         self._floor, self._frames = NoiseFloor(), Frames()
 
     @property
@@ -659,7 +660,8 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        return self._close(self.now, clean=True) if self.open else []
+        begins = self.quiet < CLEAN_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS  # perhaps a word
+        return self._close(self.now, clean=True) if self.open and not begins else []
 
     def peek(self) -> Window:
         """The open window as it stands."""
@@ -703,7 +705,9 @@ class Segmenter:
         edges = [at for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
         sounds = [times[till] - times[since] for since, till in zip(edges[::2], edges[1::2], strict=True)]
         # what goes on right behind speech may be the end of it, in pieces
-        heard = max(sounds, default=0.0) >= CLICK_SECONDS or (self._said and self.start <= self._cut)
+        syllables = sorted(sounds)[-2:]
+        heard = max(syllables, default=0.0) >= CLICK_SECONDS or sum(syllables) >= SYLLABLES_SECONDS
+        heard = heard or (self._said and self.start <= self._cut)
         speech = sum(sounds) if heard else 0.0
         last, first = min(self.last, times[-1]), times[edges[0]] if edges else self.first
         return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
@@ -1331,7 +1335,7 @@ class Spool:
         """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
         try:
             recording = Recording(self._directory, session)
-            if recording.begun and recording.end + recording.size:
+            if recording.begun and (recording.size or any(event for event, _ in recording.events())):
                 return recording
             recording.remove()  # what a crash has left of its beginning or its removal: nobody will miss it
             recording.release()
