@@ -63,16 +63,7 @@ import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -129,9 +120,7 @@ class Settings:
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
-    allowed_origins: str = value(
-        "", "origins of pages, with commas, that may connect beside the server's own; *: any"
-    )
+    allowed_origins: str = value("", "other origins of pages that may connect, with commas; *: any")
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
     concurrency: int = value(8, "endpoint requests at once", range(1, 1001))
     requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
@@ -270,6 +259,7 @@ class Format:
 
     name, extension, media_type = "unknown", "", ""  # the latter two of the files that `file` makes
     archive = ("bin", "application/octet-stream")  # the same of the stream as received
+    slow = False  # making a file takes a while
     posted_rate = 0  # bytes a second of the files that `file` makes; 0 where the audio decides
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
 
@@ -340,7 +330,7 @@ class Pcm(Format):
 
     def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
         self.encoding, self.rate, self.channels = encoding, rate, channels
-        self.posted_rate = 2 * rate * channels
+        self.posted_rate, self.slow = 2 * rate * channels, encoding.tag == 3
         self.block = encoding.size * channels  # bytes of one sample of every channel
         self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
         # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
@@ -576,9 +566,8 @@ class Window:
     def bytes(self) -> int:
         """Of the stream, from its first frame to its last."""
         frames, first = self.frames, self.frames.index(self.start)
-        return (
-            frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if first < len(frames.ends) else 0
-        )
+        whole = first < len(frames.ends)
+        return frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if whole else 0
 
     def parts(self, most: int) -> Iterator[Window]:
         """This window in pieces of so many bytes of the stream at most, or of one frame."""
@@ -890,6 +879,10 @@ class Post(NamedTuple):
     prompt: str
 
 
+class Prepare(Protocol):
+    async def __call__(self) -> Post: ...
+
+
 class Engine(Protocol):
     """What hears. `ask` gives an answer as verbose_json has it, with `text` at least; or EndpointError."""
 
@@ -996,7 +989,7 @@ class Desk:
         self._failures = 0  # in a row
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
+    async def final(self, session: object, prepare: Prepare) -> dict[str, Any]:
         """The answer to a post that must be answered; `prepare` gives it once there is a slot.
 
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
@@ -1016,7 +1009,7 @@ class Desk:
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Callable[[], Awaitable[Post]]) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Prepare) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
             return await self._ask(await prepare())
@@ -1187,7 +1180,7 @@ class Budget:
 # session; the kernel drops it when the process dies.
 # ------------------------------------------------------------------------------------------------------------
 
-JOURNAL_BYTES = 1 << 16  # of events that are read at once
+JOURNAL_BYTES = 1 << 13  # of events that are read at once, in a millisecond
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
 OBJECTS = ("audio", "transcript")  # of a session, in the bucket
@@ -1224,12 +1217,12 @@ class Recording:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
                 raise FileNotFoundError(session)
+            self.size = os.fstat(self._file).st_size  # bytes received
+            self.begun = self._journal.exists()  # else it was to be removed, or never begun
+            self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
         except OSError:
             os.close(self._file)
             raise
-        self.size = os.fstat(self._file).st_size  # bytes received
-        self.begun = self._journal.exists()  # else it was to be removed, or never begun
-        self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
 
     def append(self, audio: bytes) -> None:
         """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
@@ -1263,30 +1256,31 @@ class Recording:
         return self.end
 
     def events(self, place: int = 0) -> list[tuple[Message, int]]:
-        """The next events behind a place in the journal, each with the place behind it; none at the end."""
+        """The next events behind a place in the journal, each with the place behind it. Raises SpoolError."""
         found: list[tuple[Message, int]] = []
-        with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
-            journal.seek(place)
-            for line in journal.readlines(JOURNAL_BYTES):
-                place += len(line)
-                found.append(({}, place))  # as long as it cannot be read: a line cut short has not happened
-                with contextlib.suppress(ValueError):
-                    if isinstance(event := json.loads(line), dict):
-                        found[-1] = (event, place)
+        try:
+            with self._journal.open("rb") as journal:
+                journal.seek(place)
+                lines = journal.readlines(JOURNAL_BYTES)
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise Locked(f"the journal cannot be read now: {error.strerror}") from error
+        for line in lines:
+            place += len(line)
+            found.append(({}, place))  # as long as it cannot be read: a line cut short has not happened
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    found[-1] = (event, place)
         return found
 
-    async def history(self) -> AsyncIterator[tuple[Message, int]]:
-        """All events, each with the place behind it; a long journal leaves turns to others."""
-        place = 0
-        while events := self.events(place):
-            for event, place in events:
-                yield event, place
-            await asyncio.sleep(0)
-
     async def segments(self) -> list[Message]:
-        """All final text, in the order of time."""
-        past = [event.get("message", {}) async for event, _ in self.history()]
-        found = [message for message in past if message.get("type") == "transcription"]
+        """All final text, in the order of time; a long journal leaves turns to others."""
+        found, place = list[Message](), 0
+        while events := self.events(place):
+            past, place = (event.get("message", {}) for event, _ in events), events[-1][1]
+            found += (message for message in past if message.get("type") == "transcription")
+            await asyncio.sleep(0)
         return closed(sorted(found, key=lambda message: float(message["start"])))
 
     def touch(self) -> None:
@@ -1305,7 +1299,7 @@ class Recording:
         self._audio.unlink(missing_ok=True)
 
     def set_aside(self) -> str:
-        """Give the files a name under which no session is looked for; gives it. Audio alone is removed."""
+        """Give the files a name under which no session is looked for, and give that."""
         for path in (self._audio, self._journal):
             path.rename(path.with_name(f"{ASIDE}{self.name}{path.suffix}"))
         return ASIDE + self.name
@@ -1337,8 +1331,10 @@ class Spool:
             recording = Recording(self._directory, session)
             if recording.begun and (recording.size or any(event for event, _ in recording.events())):
                 return recording
-            recording.remove()  # what a crash has left of its beginning or its removal: nobody will miss it
-            recording.release()
+            try:  # what a crash has left of its beginning or its removal
+                recording.remove()
+            finally:
+                recording.release()
             raise FileNotFoundError
         except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
@@ -1354,13 +1350,13 @@ class Spool:
         for path in paths:
             with contextlib.suppress(OSError):  # another process finished it
                 stat = path.stat()
-                total += stat.st_size
+                total += max(stat.st_size, 1 << 12)  # a block of the disk
                 touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
         self.full = total >= self._limit
         names = [path.stem for path in paths if path.suffix == ".audio"]
         self.aside = sum(name.startswith(ASIDE) for name in names)
-        now = time.time()
-        return [n for n in names if SESSION_ID.fullmatch(n) and now - touched.get(n, now) >= grace]
+        old = (name for name in names if time.time() - touched.get(name, math.inf) >= grace)
+        return list(filter(SESSION_ID.fullmatch, old))
 
 
 class Gap(NamedTuple):
@@ -1522,7 +1518,7 @@ class Client:
         except TimeoutError:
             log.warning("a client does not read and is cut off; it can resume")
             self._connection.transport.abort()
-        except ConnectionClosed:
+        except (ConnectionClosed, SpoolError):
             pass  # what it has not read is in the journal
         finally:
             self.done.set()
@@ -1595,6 +1591,7 @@ class Services:
     spool: Spool
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
+    converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
     listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one goes on
 
 
@@ -1642,8 +1639,6 @@ class Session:
         try:
             first, _ = next(iter(recording.events()), ({}, 0))
             return cls(services, recording, Options(**first["options"]))
-        except OSError as error:
-            raise SpoolError(f"the journal cannot be read: {error.strerror}") from error
         except (KeyError, TypeError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
 
@@ -1699,6 +1694,7 @@ class Session:
         if self.client is None and not self._ended:  # else one came back meanwhile, or it is gone
             self.abandoned = True
             self._end("abandoned")
+            self._wake.set()
 
     async def drain(self) -> None:
         """Send the client to the next process; if it only waits for the end, wait with it."""
@@ -1764,10 +1760,15 @@ class Session:
     async def _remember(self) -> None:
         """Take up what the journal tells, and begin to listen a little before what is not settled."""
         try:
-            async for event, place in self.recording.history():
-                self.state.apply(event, place)
+            place = 0
+            while events := self.recording.events(place):
+                for event, place in events:
+                    self.state.apply(event, place)
+                async with self.services.listening:
+                    await asyncio.sleep(0)
             for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
-                await asyncio.sleep(0)
+                async with self.services.listening:
+                    await asyncio.sleep(0)
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
@@ -1805,14 +1806,16 @@ class Session:
         return bool(unheard) or self.state.over > self.stream.ended
 
     async def _listen(self) -> None:
-        """Hear what the spool has more. Of those for whom a turn is too short one at a time goes on."""
-        self._hear()
-        if len(self._pending) >= WAITING:
-            return
-        if self._behind():
-            self._wake.set()
+        """Hear what the spool has more. Of all sessions only one does so for long in a turn of the loop."""
+        if self._behind() and len(self._pending) < WAITING:
             async with self.services.listening:
-                await asyncio.sleep(0)
+                begun = self._clock()
+                self._hear()
+                if self._clock() - begun > TURN_SECONDS / 10:
+                    await asyncio.sleep(0)
+        if self._behind():
+            if len(self._pending) < WAITING:
+                self._wake.set()
             return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
@@ -1826,9 +1829,8 @@ class Session:
             stop = self._flushes[0] if self._flushes else self.recording.size
             if stream.offset < stop or stream.format.paused:
                 size = min(PIECE_BYTES, stop - stream.offset)
-                frames = stream.feed(
-                    b"" if stream.format.paused else self.recording.read(stream.offset, size)
-                )
+                data = b"" if stream.format.paused else self.recording.read(stream.offset, size)
+                frames = stream.feed(data)
                 self.segmenter.limit = self._within(LIMIT_SECONDS)
                 self._queue(self.segmenter.feed(frames))
                 self._mark()
@@ -1931,7 +1933,8 @@ class Session:
             audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
             places = zip(frames.offsets, frames.sizes, strict=True)
             pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-            content = await asyncio.to_thread(form.file, pieces, lead)
+            async with self.services.converting if form.slow else contextlib.nullcontext():
+                content = await asyncio.to_thread(form.file, pieces, lead)
         if not 0 < len(content) <= self._room:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         file = (f"audio.{form.extension}", content, form.media_type)
@@ -2094,8 +2097,9 @@ class Server:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
-            self._door.check(cast(Connection, connection), request.headers, query)
+            self._door.check(request.headers, query)
             cast(Connection, connection).options = self._admit(query)
+            self._door.admit(cast(Connection, connection))
         except Refusal as refusal:
             return refusal.answer(connection)
         return None
@@ -2257,7 +2261,7 @@ MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables 
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
-TAKEN_BYTES, TAKEN_SECONDS = 1 << 12, 0.005  # at a time, 600 frames at most; until the next look at who waits
+TAKEN_BYTES, TAKEN_SECONDS = 1 << 12, 0.005  # at a time, 700 frames at most; until the next look at who waits
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
@@ -2307,7 +2311,7 @@ class Connection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes. Many of them wait for a turn: there may be thousands of frames in them."""
-        if not self._untaken and len(data) <= TAKEN_BYTES:
+        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.has_time():
             self._take(data)
             return
         if not self._untaken:
@@ -2354,16 +2358,16 @@ class Door:
 
     def __init__(self, settings: Settings) -> None:
         self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
-        self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins))
+        self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
         self._local = settings.host in LOCAL
         self._open = 0  # connections
         self._unasked: dict[Connection, None] = {}  # those without a request, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
+        self._until = 0.0  # when this turn of the loop has no more time for taking; 0 before the first
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
-        left = whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes
-        most = FINISHING * settings.max_sessions + SWEPT
-        self.room = max(LEAST_ROOM, min(left // 2, most))  # for sessions, each with a client and a file
+        left = (whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes) // 2  # a client, a file
+        self.room = max(LEAST_ROOM, min(left, FINISHING * settings.max_sessions + SWEPT))  # for sessions
         if self.room < settings.max_sessions:
             log.warning("%d descriptors suffice for %d sessions: raise the limit", whole, self.room)
 
@@ -2382,11 +2386,18 @@ class Door:
         if len(self._queue) == 1:
             connection.loop.call_soon(self._take_turns)
 
-    def _take_turns(self) -> None:
-        """Of all connections together for a while, then let the loop do something else."""
+    def has_time(self) -> bool:
+        """Whether connections may take more in this turn of the loop."""
         loop = asyncio.get_running_loop()
-        until, idle = loop.time() + TURN_SECONDS, 0
-        while idle < len(self._queue) and loop.time() < until:
+        if not self._until:
+            self._until = loop.time() + TURN_SECONDS
+            loop.call_soon(setattr, self, "_until", 0.0)
+        return loop.time() < self._until
+
+    def _take_turns(self) -> None:
+        """Let those that wait take, as long as there is time."""
+        loop, idle = asyncio.get_running_loop(), 0
+        while idle < len(self._queue) and self.has_time():
             connection = self._queue.popleft()
             idle = idle + 1 if connection.recv_messages.paused else 0
             if connection.take_some():
@@ -2394,15 +2405,18 @@ class Door:
         if self._queue:
             loop.call_later(TAKEN_SECONDS if idle else 0.0, self._take_turns)
 
+    def admit(self, connection: Connection) -> None:
+        """Let a connection stay."""
+        self._unasked.pop(connection, None)
+
     def leave(self, connection: Connection) -> None:
         """Count it no more."""
         self._open -= 1
-        self._unasked.pop(connection, None)
+        self.admit(connection)
 
-    def check(self, connection: Connection, headers: Headers, query: str) -> None:
-        """Let a connection in by its request. Raises Refusal."""
-        self._unasked.pop(connection, None)
-        if self._open - len(self._unasked) > self.room:
+    def check(self, headers: Headers, query: str) -> None:
+        """Look at a connection's request; what is refused stays among those that give way. Raises Refusal."""
+        if self._open - len(self._unasked) >= self.room:
             raise Refusal(503, "There are too many connections.", RETRY_FULL)
         given = {}
         for name in ("Authorization", "Host", "Origin"):
@@ -2421,7 +2435,7 @@ class Door:
 
     def _is_ours(self, origin: str, host: str) -> bool:
         """Whether a page may connect. A name that was bent to this machine (DNS rebinding) is not its own."""
-        if self._origins & {"*", origin}:
+        if self._origins & {"*", origin.lower()}:
             return True
         try:
             page, asked = urlsplit(origin), urlsplit(f"//{host}")
@@ -2445,9 +2459,7 @@ class Ending:
 
     def __init__(self, session: Session) -> None:
         self._session, self._deposit = session, Deposit(session)
-        self._begun = self.over = self.waits = (
-            False  # over: nothing is left to do now, or only for the bucket
-        )
+        self._begun = self.over = self.waits = False  # over: nothing is left to do, but for the bucket
         self._ready = False  # `complete` may be said
         self._told: Client | None = None  # the last one to whom it was
 
@@ -2588,7 +2600,8 @@ class Sweep:
                 session.recording.touch()
             left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
             pause = min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST)
-            for name in left | self._later.keys():
+            names = sorted(left | self._later.keys(), key=lambda n: self._later.get(n, (0, 0.0))[1])
+            for name in names:
                 if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
                     continue
                 self._swept &= self._sessions.keys()
@@ -2739,9 +2752,8 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
     silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
     starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
-    heard = (
-        word for word in map(_timed, entries) if word and word.start >= ends[bisect_right(starts, word.start)]
-    )
+    heard = [word for word in map(_timed, entries) if word]
+    heard = [word for word in heard if word.start >= ends[bisect_right(starts, word.start)]]
     timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
     letters, lone = normal(text), False
@@ -2901,9 +2913,7 @@ class Parser(Format):
     def __init__(self, *declared: Any) -> None:
         super().__init__(*declared)
         self.found: list[Frame] = []
-        self._element = self._warned = self._worked = (
-            0  # where what is being read begins; warnings; work done
-        )
+        self._element = self._warned = self._worked = 0  # where it is that is being read; warnings; work
         self._steps = self._run()
 
     def parse(self) -> list[Frame]:
@@ -3618,6 +3628,8 @@ class FragmentedMP4(Parser):
         if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
             raise FormatError(f"Byte {self._element}: a second track, or another clock. {CONVERT}")
         if not self.clock:
+            if len(self.head) + len(box) > LARGEST_TAKE:
+                raise FormatError(f"Byte {self._element}: the beginning does not end. {CONVERT}")
             self.head, self.clock = self.head + box, sum(clocks)
             self.usual = sum(mp4_integer(ticks, 0) for ticks in re.findall(MP4_USUAL, box))
 
@@ -3782,14 +3794,10 @@ class Archive:
         from aiobotocore.session import AioSession
         from botocore.config import Config
 
-        config = Config(
-            connect_timeout=10,
-            read_timeout=60,
-            retries={"total_max_attempts": 2},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
+        names = ("request_checksum_calculation", "response_checksum_validation")
+        more: dict[str, Any] = {**dict.fromkeys(names, "when_required"), "retries": {"total_max_attempts": 2}}
         try:
+            config = Config(connect_timeout=10, read_timeout=60, **more)
             client = AioSession().create_client("s3", config=config)
             self._client = await self._exit.enter_async_context(client)
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
@@ -3864,9 +3872,6 @@ class Archive:
             raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
 
-# ---- What a session leaves there ----
-
-
 class Deposit:
     """What a session leaves in the bucket: nothing, if there is no bucket or no audio."""
 
@@ -3886,7 +3891,7 @@ class Deposit:
         return {"archive": {**places, "stored": not self._session.state.unstored}}
 
     async def store(self) -> None:
-        """Bring what the bucket does not have; to a failing one only as long as a client waits."""
+        """Bring what the bucket does not have; to a failing one for ARCHIVE_SECONDS."""
         session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
         until = clock() + session.services.settings.archive_seconds
         begin_by = until if session.client else max(until, clock() + QUEUE_SECONDS)
@@ -3979,9 +3984,7 @@ def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
     _sphinx.end_utt()
     found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
     spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
-    return [
-        {"word": w, "start": start / SPHINX_FRAMES, "end": end / SPHINX_FRAMES} for w, start, end in spoken
-    ]
+    return [{"word": w, "start": a / SPHINX_FRAMES, "end": b / SPHINX_FRAMES} for w, a, b in spoken]
 
 
 def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
