@@ -879,10 +879,6 @@ class Post(NamedTuple):
     prompt: str
 
 
-class Prepare(Protocol):
-    async def __call__(self) -> Post: ...
-
-
 class Engine(Protocol):
     """What hears. `ask` gives an answer as verbose_json has it, with `text` at least; or EndpointError."""
 
@@ -989,7 +985,7 @@ class Desk:
         self._failures = 0  # in a row
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Prepare) -> dict[str, Any]:
+    async def final(self, session: object, prepare: Callable[[], Any]) -> dict[str, Any]:
         """The answer to a post that must be answered; `prepare` gives it once there is a slot.
 
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
@@ -1009,7 +1005,7 @@ class Desk:
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Prepare) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Callable[[], Any]) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
             return await self._ask(await prepare())
@@ -1592,6 +1588,7 @@ class Services:
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
+    turn: Turn = field(default_factory=lambda: Turn())  # in which sessions listen
     listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one goes on
 
 
@@ -1807,15 +1804,14 @@ class Session:
 
     async def _listen(self) -> None:
         """Hear what the spool has more. Of all sessions only one does so for long in a turn of the loop."""
+        while self._behind() and not self.services.turn.has_time():  # noqa: ASYNC110 (a turn is no event)
+            await asyncio.sleep(0)
+        self._hear()
         if self._behind() and len(self._pending) < WAITING:
+            self._wake.set()
             async with self.services.listening:
-                begun = self._clock()
-                self._hear()
-                if self._clock() - begun > TURN_SECONDS / 10:
-                    await asyncio.sleep(0)
+                await asyncio.sleep(0)
         if self._behind():
-            if len(self._pending) < WAITING:
-                self._wake.set()
             return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
@@ -2311,7 +2307,7 @@ class Connection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes. Many of them wait for a turn: there may be thousands of frames in them."""
-        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.has_time():
+        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.turn.has_time():
             self._take(data)
             return
         if not self._untaken:
@@ -2353,6 +2349,20 @@ class Connection(ServerConnection):
             self.transport.abort()
 
 
+class Turn:
+    """The time that all together have for something in one turn of the loop."""
+
+    _until = 0.0  # 0 before the first has asked
+
+    def has_time(self) -> bool:
+        """Whether there is any left."""
+        loop = asyncio.get_running_loop()
+        if not self._until:
+            self._until = loop.time() + TURN_SECONDS
+            loop.call_soon(setattr, self, "_until", 0.0)
+        return loop.time() < self._until
+
+
 class Door:
     """Counts connections, and knows who may come in."""
 
@@ -2363,7 +2373,7 @@ class Door:
         self._open = 0  # connections
         self._unasked: dict[Connection, None] = {}  # those without a request, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
-        self._until = 0.0  # when this turn of the loop has no more time for taking; 0 before the first
+        self.turn = Turn()  # in which they take it
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = (whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes) // 2  # a client, a file
@@ -2386,18 +2396,10 @@ class Door:
         if len(self._queue) == 1:
             connection.loop.call_soon(self._take_turns)
 
-    def has_time(self) -> bool:
-        """Whether connections may take more in this turn of the loop."""
-        loop = asyncio.get_running_loop()
-        if not self._until:
-            self._until = loop.time() + TURN_SECONDS
-            loop.call_soon(setattr, self, "_until", 0.0)
-        return loop.time() < self._until
-
     def _take_turns(self) -> None:
         """Let those that wait take, as long as there is time."""
         loop, idle = asyncio.get_running_loop(), 0
-        while idle < len(self._queue) and self.has_time():
+        while idle < len(self._queue) and self.turn.has_time():
             connection = self._queue.popleft()
             idle = idle + 1 if connection.recv_messages.paused else 0
             if connection.take_some():
@@ -2439,8 +2441,7 @@ class Door:
             return True
         try:
             page, asked = urlsplit(origin), urlsplit(f"//{host}")
-            own = page.netloc.lower() == asked.netloc.lower()
-            return own and (asked.hostname in LOCAL or not self._local)
+            return page.netloc.lower() == host.lower() and (asked.hostname in LOCAL or not self._local)
         except ValueError:
             return False
 
@@ -2600,8 +2601,7 @@ class Sweep:
                 session.recording.touch()
             left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
             pause = min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST)
-            names = sorted(left | self._later.keys(), key=lambda n: self._later.get(n, (0, 0.0))[1])
-            for name in names:
+            for name in sorted(left | self._later.keys(), key=lambda n: self._later.get(n, (0, 0.0))[1]):
                 if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
                     continue
                 self._swept &= self._sessions.keys()
