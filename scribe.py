@@ -476,7 +476,7 @@ QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this lengt
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
-SYLLABLES_SECONDS = 0.19  # nor are these two: of two clicks one may have a frame of noise
+SYLLABLES_SECONDS = 0.17  # nor are these two: of two clicks one may have a frame of noise
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 
