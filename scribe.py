@@ -18,7 +18,7 @@ The path of the audio, from here to `main`:
     Spool       audio and journal of each session: what has happened, and survives kill -9
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
-    Server      the handshake, the sweep of the spool, the way down, and `main`
+    Server      the handshake, the sessions of the process, the way down, and `main`
 Behind it, each readable alone: who is let in; what is left to do when a session is over; sessions that nobody
 works on; when interim text is asked for; what answers look like, without ghosts; Opus with Ogg and WebM; MP3;
 MP4; what is held until the end; recognising a stream; the bucket; offline recognition.
@@ -62,7 +62,7 @@ import time
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter, deque
+from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -75,7 +75,6 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
@@ -384,8 +383,8 @@ class Stream:
 
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
-        self.offset, self.ended, self._failed = 0, False, False  # bytes that were fed; failure was told
-        self._cost = 0.0  # seconds of CPU
+        self.offset, self._cost = 0, 0.0  # bytes that were fed; seconds of CPU
+        self.ended = self._failed = False  # failed: it was told
         self._head = b"" if name == "auto" else None  # the stream as long as it does not tell its format
         self._limit = limit  # bytes of a request, and so of what can only be held
 
@@ -406,6 +405,15 @@ class Stream:
         if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
             self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
         return frames
+
+    def behind(self, stop: int) -> bool:
+        """Whether there is more to be read in front of an offset."""
+        return self.offset < stop or self.format.paused
+
+    def read_on(self, read: Callable[[int, int], bytes], stop: int) -> list[Frame]:
+        """The frames of the next piece in front of an offset, or of what was fed if the format has paused."""
+        size = max(0, min(PIECE_BYTES, stop - self.offset))
+        return self.feed(b"" if self.format.paused else read(self.offset, size))
 
     def weigh(self, cost: float, seconds: float) -> None:
         """End a stream that is not worth its bytes: add its cost in seconds of CPU; its length so far."""
@@ -432,10 +440,9 @@ class Stream:
         if not mark.place:
             return
         while self.format.origin < mark.origin or self.format.place() is None:
-            size, paused = max(0, min(mark.place - self.offset, PIECE_BYTES)), self.format.paused
-            data = b"" if paused else read(self.offset, size)
-            self.feed(data)
-            if self.format.error or not (data or paused):
+            before, paused = self.offset, self.format.paused
+            self.read_on(read, mark.place)
+            if self.format.error or (self.offset == before and not paused):
                 raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
             yield
             if self._head is None and self.offset < mark.origin:
@@ -476,14 +483,14 @@ QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this lengt
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
-SYLLABLES_SECONDS = 0.17  # nor are these two: of two clicks one may have a frame of noise
+CLEAR_DB, SYLLABLES_SECONDS = 10.0, 0.17  # nor are two that are so much louder: two clicks touch eight frames
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
 SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
-FLOOR_BLOCK_SECONDS = 0.1  # of history that counts by its quietest frame
+FLOOR_BLOCK_SECONDS, KNOWN_BLOCKS = 0.1, 3  # of history that counts by its quietest frame; fewer tell nothing
 HIDDEN_DB = -60.0  # dBFS: as this, or as the faintest frame so far, counts digital silence: it hides a room
 WARM_SECONDS = FLOOR_SECONDS + LOOKBACK_SECONDS  # to be heard before a window is cut as it would have been
 
@@ -514,6 +521,8 @@ class NoiseFloor:
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
             del self._sorted[bisect_left(self._sorted, self._blocks.popleft())]
+        if len(self._blocks) < KNOWN_BLOCKS:
+            return
         least, floor = (self._sorted[int(len(self._sorted) * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
         self.nothing, self.pause = floor + min(SOUND_DB + floor - least, PAUSE_DB), floor + PAUSE_DB
 
@@ -602,6 +611,13 @@ def required_pause(seconds: float) -> float:
     return LONG_PAUSE - shrunk * (LONG_PAUSE - SHORT_PAUSE)
 
 
+def runs(times: list[float], levels: Iterable[float], over: float) -> tuple[list[float], list[float]]:
+    """Where what is louder than a level (dBFS) begins and ends, in turn; and how long each run of it is."""
+    loud = (not level <= over for level in levels)
+    edges = [times[at] for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
+    return edges, [till - since for since, till in zip(edges[::2], edges[1::2], strict=True)]
+
+
 class Segmenter:
     """Cuts frames, from `now` seconds on, into windows, from `settled` seconds on."""
 
@@ -649,8 +665,9 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        begins = self.quiet < CLEAN_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS  # perhaps a word
-        return self._close(self.now, clean=True) if self.open and not begins else []
+        # what has only begun may become a word
+        nothing = not self.open or (self.quiet < CLEAN_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
+        return [] if nothing else self._close(self.now, clean=True)
 
     def peek(self) -> Window:
         """The open window as it stands."""
@@ -690,15 +707,12 @@ class Segmenter:
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
         nothing = self._floor.nothing  # it knows the room better now than when the frames came
-        loud = (not level <= nothing for level in frames.levels[own:])
-        edges = [at for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
-        sounds = [times[till] - times[since] for since, till in zip(edges[::2], edges[1::2], strict=True)]
-        # what goes on right behind speech may be the end of it, in pieces
-        syllables = sorted(sounds)[-2:]
-        heard = max(syllables, default=0.0) >= CLICK_SECONDS or sum(syllables) >= SYLLABLES_SECONDS
-        heard = heard or (self._said and self.start <= self._cut)
+        edges, sounds = runs(times, frames.levels[own:], nothing)
+        _, syllables = runs(times, frames.levels[own:], nothing + CLEAR_DB)
+        heard = max(sounds, default=0.0) >= CLICK_SECONDS or sum(sorted(syllables)[-2:]) >= SYLLABLES_SECONDS
+        heard = heard or (self._said and self.start <= self._cut)  # the end of speech may come in pieces
         speech = sum(sounds) if heard else 0.0
-        last, first = min(self.last, times[-1]), times[edges[0]] if edges else self.first
+        last, first = min(self.last, times[-1]), edges[0] if edges else self.first
         return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
@@ -985,7 +999,7 @@ class Desk:
         self._failures = 0  # in a row
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Callable[[], Any]) -> dict[str, Any]:
+    async def final(self, session: object, prepare: Callable[[], abc.Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that must be answered; `prepare` gives it once there is a slot.
 
         Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
@@ -1005,7 +1019,7 @@ class Desk:
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Callable[[], Any]) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Callable[[], abc.Awaitable[Post]]) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
             return await self._ask(await prepare())
@@ -1213,7 +1227,8 @@ class Recording:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
                 raise FileNotFoundError(session)
-            self.size = os.fstat(self._file).st_size  # bytes received
+            stat = os.fstat(self._file)
+            self.size, self.touched = stat.st_size, stat.st_mtime  # bytes received; when it was left
             self.begun = self._journal.exists()  # else it was to be removed, or never begun
             self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
         except OSError:
@@ -1253,13 +1268,11 @@ class Recording:
 
     def events(self, place: int = 0) -> list[tuple[Message, int]]:
         """The next events behind a place in the journal, each with the place behind it. Raises SpoolError."""
-        found: list[tuple[Message, int]] = []
+        found, lines = list[tuple[Message, int]](), list[bytes]()
         try:
-            with self._journal.open("rb") as journal:
+            with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
                 journal.seek(place)
                 lines = journal.readlines(JOURNAL_BYTES)
-        except FileNotFoundError:
-            lines = []
         except OSError as error:
             raise Locked(f"the journal cannot be read now: {error.strerror}") from error
         for line in lines:
@@ -1284,7 +1297,7 @@ class Recording:
         with contextlib.suppress(OSError):
             os.utime(self._file)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give up the lock."""
         self.touch()
         os.close(self._file)
@@ -1296,7 +1309,7 @@ class Recording:
 
     def set_aside(self) -> str:
         """Give the files a name under which no session is looked for, and give that."""
-        for path in (self._audio, self._journal):
+        for path in (self._audio, self._journal):  # in this order: audio without a journal is removed
             path.rename(path.with_name(f"{ASIDE}{self.name}{path.suffix}"))
         return ASIDE + self.name
 
@@ -1327,10 +1340,8 @@ class Spool:
             recording = Recording(self._directory, session)
             if recording.begun and (recording.size or any(event for event, _ in recording.events())):
                 return recording
-            try:  # what a crash has left of its beginning or its removal
+            with contextlib.closing(recording):  # what a crash has left of its beginning or its removal
                 recording.remove()
-            finally:
-                recording.release()
             raise FileNotFoundError
         except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
@@ -1339,8 +1350,7 @@ class Spool:
 
     def sweep(self, grace: float) -> list[str]:
         """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
-        touched, total = dict[str, float](), 0
-        paths: list[Path] = []
+        touched, total, paths = dict[str, float](), 0, list[Path]()
         with contextlib.suppress(OSError):  # out of descriptors: next time
             paths = list(self._directory.iterdir())
         for path in paths:
@@ -1351,7 +1361,7 @@ class Spool:
         self.full = total >= self._limit
         names = [path.stem for path in paths if path.suffix == ".audio"]
         self.aside = sum(name.startswith(ASIDE) for name in names)
-        old = (name for name in names if time.time() - touched.get(name, math.inf) >= grace)
+        old = [name for name in names if touched.get(name, math.inf) <= time.time() - grace]
         return list(filter(SESSION_ID.fullmatch, old))
 
 
@@ -1379,7 +1389,7 @@ class State:
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
-        self._stored: set[str] = set()  # what the bucket has
+        self.unstored = list(OBJECTS)  # what the bucket does not have
         self.warned = False  # that there is no speech
 
     @property
@@ -1391,11 +1401,6 @@ class State:
     def over(self) -> bool:
         """Whether no more audio will come."""
         return bool(self.reason)
-
-    @property
-    def unstored(self) -> list[str]:
-        """What the bucket does not have."""
-        return [name for name in OBJECTS if name not in self._stored]
 
     def apply(self, event: Message, place: int) -> None:
         """Let an event have happened, which ends at a place in the journal."""
@@ -1421,7 +1426,7 @@ class State:
             case "complete":
                 self.summary = event["summary"]
             case "stored":
-                self._stored |= {event["object"]} if "object" in event else set(OBJECTS)  # all in version 1
+                self.unstored = [n for n in self.unstored if n != event.get("object", n)]  # all in version 1
             case "silent":
                 self.warned = True
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
@@ -1446,6 +1451,7 @@ class State:
 
 ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
 SEND_SECONDS = 20.0  # for a client to take a message
+# Of RFC 6455, 7.4.1, and of IANA's registry for it.
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012
 
 
@@ -1464,9 +1470,8 @@ class Client:
 
     def __init__(self, connection: ServerConnection) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
-        self.answered = 0  # the code of the close that it answered: it has all that was sent
+        self.answered = self._errors = 0  # the code of the close that it answered: it has all that was sent
         self.notices: deque[Message] = deque()
-        self._errors = 0
         self._connection, self._wake = connection, asyncio.Event()
         self._recording: Recording | None = None
         self._place = 0  # in its journal: what is before it was sent
@@ -1552,7 +1557,7 @@ class Client:
 # ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
-TURN_SECONDS, PIECE_BYTES = 0.003, 1 << 14  # that a session listens at a time; that it reads at once
+TURN_SECONDS, PIECE_BYTES = 0.003, 1 << 14  # of a turn of the loop, see Turn; that are read at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
@@ -1588,8 +1593,7 @@ class Services:
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
-    turn: Turn = field(default_factory=lambda: Turn())  # in which sessions listen
-    listening: asyncio.Lock = field(default_factory=asyncio.Lock)  # of sessions that are behind one goes on
+    turn: Turn = field(default_factory=lambda: Turn())  # in which sessions begin, read and listen
 
 
 class Session:
@@ -1626,7 +1630,7 @@ class Session:
             recording.note({"event": "open", "opened": opened, "options": dataclasses.asdict(options)})
         except SpoolError:
             recording.remove()
-            recording.release()
+            recording.close()
             raise
         return cls(services, recording, options)
 
@@ -1761,11 +1765,9 @@ class Session:
             while events := self.recording.events(place):
                 for event, place in events:
                     self.state.apply(event, place)
-                async with self.services.listening:
-                    await asyncio.sleep(0)
+                await self.services.turn.go_on()
             for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
-                async with self.services.listening:
-                    await asyncio.sleep(0)
+                await self.services.turn.go_on()
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
@@ -1799,18 +1801,17 @@ class Session:
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
-        unheard = self.recording.size - self.stream.offset or self._flushes or self.stream.format.paused
-        return bool(unheard) or self.state.over > self.stream.ended
+        unended = self.state.over and not self.stream.ended
+        return self.stream.behind(self.recording.size) or bool(self._flushes) or unended
 
     async def _listen(self) -> None:
         """Hear what the spool has more. Of all sessions only one does so for long in a turn of the loop."""
-        while self._behind() and not self.services.turn.has_time():  # noqa: ASYNC110 (a turn is no event)
-            await asyncio.sleep(0)
+        if self._behind():
+            await self.services.turn.begin()
         self._hear()
         if self._behind() and len(self._pending) < WAITING:
             self._wake.set()
-            async with self.services.listening:
-                await asyncio.sleep(0)
+            await self.services.turn.go_on()
         if self._behind():
             return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
@@ -1823,10 +1824,8 @@ class Session:
         stream, until, begun = self.stream, self._clock() + TURN_SECONDS, time.thread_time()
         while self._behind() and self._clock() < until and len(self._pending) < WAITING:
             stop = self._flushes[0] if self._flushes else self.recording.size
-            if stream.offset < stop or stream.format.paused:
-                size = min(PIECE_BYTES, stop - stream.offset)
-                data = b"" if stream.format.paused else self.recording.read(stream.offset, size)
-                frames = stream.feed(data)
+            if stream.behind(stop):
+                frames = stream.read_on(self.recording.read, stop)
                 self.segmenter.limit = self._within(LIMIT_SECONDS)
                 self._queue(self.segmenter.feed(frames))
                 self._mark()
@@ -1859,9 +1858,9 @@ class Session:
         speaks = self.segmenter.open and window.speech >= MIN_SPEECH_SECONDS
         if now and (now >= SILENT_SECONDS or self.stream.ended) and not speaks:
             self.note("silent")
-            levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [None]
+            levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [SILENT_DB]
             text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
-            self._say(status_message("silent", text, level=levels[len(levels) // 2]))
+            self._say(status_message("silent", text, level=round(levels[len(levels) // 2], 1)))
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
@@ -1915,10 +1914,7 @@ class Session:
         self._wake.set()
 
     async def _post(self, pending: Pending, prompted: bool = True) -> Post:
-        """A window as it is posted, which costs money from here on. Its frames are read from the spool.
-
-        They become a file in a thread, for to convert floats takes a while. EndpointError: it is too large.
-        """
+        """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
         window, form = pending.window, self.stream.format
@@ -2031,7 +2027,7 @@ def span(timed: Word | Segment | Gap) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Server: the handshake, the health pages, the sweep of the spool, and the way down.
+# Server: the handshake, the health pages, the sessions of the process, and the way down.
 #
 # What the handshake can know it refuses, as plain HTTP. Behind it a connection is two tasks, one that reads
 # into its session and one that writes what the session says. The session has its own, which outlives them.
@@ -2058,9 +2054,9 @@ class Server:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        connection = functools.partial(Connection, self._door)
-        hooks: dict[str, Any] = {"create_connection": connection, "process_request": self._check}
-        hooks |= {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
+        hooks: dict[str, Any] = {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
+        hooks |= {"create_connection": functools.partial(Connection, self._door)}
+        hooks |= {"process_request": self._check}
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         async with (
             serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
@@ -2093,7 +2089,7 @@ class Server:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
-            self._door.check(request.headers, query)
+            self._door.check(request)
             cast(Connection, connection).options = self._admit(query)
             self._door.admit(cast(Connection, connection))
         except Refusal as refusal:
@@ -2134,7 +2130,7 @@ class Server:
             return self._start(Session.restore(self._services, recording))
         except SpoolError as error:
             self._sweep.failed(recording, error)
-            recording.release()
+            recording.close()
             raise
 
     def _start(self, session: Session) -> Session:
@@ -2152,6 +2148,7 @@ class Server:
                     session, status = self._find(options.session), "resumed"
                     text = "Resumed. Send audio from byte `received` on, then END."
                 else:
+                    await self._services.turn.begin()
                     session, status = self._start(Session.begin(self._services, options)), "ready"
                     text = "Connected. Send audio, then END."
                     log.info("session %s: begun, %s", session.recording.name, options.format)
@@ -2189,7 +2186,7 @@ class Server:
                 session.client.close(CLOSE_FAILED, "failed", error_message("failed", message, fatal=True))
             del self._sessions[name], self._works[name]
             session.done.set()
-            session.recording.release()
+            session.recording.close()
 
 
 async def run(settings: Settings) -> None:
@@ -2246,10 +2243,9 @@ def main() -> int:
 # ------------------------------------------------------------------------------------------------------------
 # Door: who is let in.
 #
-# A handshake is refused as plain HTTP. Any page that the operator visits can reach a server on his machine,
-# but not hide where it comes from: pages of the server's own host are let in, and those of ALLOWED_ORIGINS.
-# Every connection holds a descriptor, and so may its session, so they are counted from the first byte on; of
-# those that have not asked for anything the oldest gives way to the next.
+# A handshake is refused as plain HTTP. A page that the operator visits can reach a server on his machine, but
+# not hide where it comes from: those of the server's own host are let in, and of ALLOWED_ORIGINS. Connections
+# hold a descriptor each, and so may their sessions: of those that were not let in yet the oldest gives way.
 # ------------------------------------------------------------------------------------------------------------
 
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
@@ -2335,7 +2331,6 @@ class Connection(ServerConnection):
         return bool(self._untaken)
 
     def _resume(self) -> None:
-        """Read on, if neither bytes nor messages wait."""
         if not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
             self.transport.resume_reading()
 
@@ -2352,7 +2347,18 @@ class Connection(ServerConnection):
 class Turn:
     """The time that all together have for something in one turn of the loop."""
 
-    _until = 0.0  # 0 before the first has asked
+    def __init__(self) -> None:
+        self._until, self._line = 0.0, asyncio.Lock()  # 0: nobody has asked in this turn
+
+    async def begin(self) -> None:
+        """Wait until there is time."""
+        while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
+            await asyncio.sleep(0)
+
+    async def go_on(self) -> None:
+        """Wait in line: of those that need longer, one goes on in each turn."""
+        async with self._line:
+            await asyncio.sleep(0)
 
     def has_time(self) -> bool:
         """Whether there is any left."""
@@ -2371,7 +2377,7 @@ class Door:
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
         self._local = settings.host in LOCAL
         self._open = 0  # connections
-        self._unasked: dict[Connection, None] = {}  # those without a request, oldest first
+        self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
         self.turn = Turn()  # in which they take it
         whole = descriptors()
@@ -2386,8 +2392,7 @@ class Door:
         self._open += 1
         self._unasked[connection] = None
         if len(self._unasked) > self._handshakes:
-            oldest = next(iter(self._unasked))
-            del self._unasked[oldest]
+            oldest, _ = self._unasked.popitem(last=False)
             oldest.transport.abort()
 
     def queue(self, connection: Connection) -> None:
@@ -2416,20 +2421,20 @@ class Door:
         self._open -= 1
         self.admit(connection)
 
-    def check(self, headers: Headers, query: str) -> None:
+    def check(self, request: Request) -> None:
         """Look at a connection's request; what is refused stays among those that give way. Raises Refusal."""
         if self._open - len(self._unasked) >= self.room:
             raise Refusal(503, "There are too many connections.", RETRY_FULL)
         given = {}
         for name in ("Authorization", "Host", "Origin"):
-            if len(found := headers.get_all(name)) > 1:
+            if len(found := request.headers.get_all(name)) > 1:
                 raise Refusal(400, f"The header {name} is given twice.")
             given[name] = "".join(found)
         if given["Origin"] and not self._is_ours(given["Origin"], given["Host"]):
             raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
         scheme, _, bearer = given["Authorization"].partition(" ")
         shown = [bearer.strip()] * (scheme.lower() == "bearer")
-        shown += [text for name, text in parse_qsl(query) if name == "token"]
+        shown += [text for name, text in parse_qsl(request.path.partition("?")[2]) if name == "token"]
         codes = [text.encode(errors="surrogateescape") for text in shown]
         right = [hmac.compare_digest(code, token) for code in codes for token in self._tokens]
         if self._tokens and not any(right):
@@ -2450,8 +2455,7 @@ class Door:
 # Ending: what is left to do when all audio of a session is heard.
 #
 # The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
-# its client. Its files go when both have all of it. A failing bucket delays `complete` for a while only; then
-# the session is at rest, and the sweep comes back to it until the bucket has it.
+# its client. Its files go when both have all of it. Behind a failing bucket it is left at rest to the sweep.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2519,20 +2523,19 @@ class Ending:
 
     async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
         """The windows of gaps, in order; their frames are found again, from their marks on."""
-        session, now = self._session, -1.0
+        session, read, now = self._session, self._session.recording.read, -1.0
         for gap in gaps:
             if now < gap.mark.seconds:
                 stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
-                for _ in stream.go_on(gap.mark, session.recording.read):
-                    await asyncio.sleep(0)
+                for _ in stream.go_on(gap.mark, read):
+                    await session.services.turn.go_on()
             while now < gap.end and not stream.ended:
-                paused = stream.format.paused
-                data = b"" if paused else session.recording.read(stream.offset, PIECE_BYTES)
-                for frame in stream.feed(data) if data or paused else stream.end():
+                more = stream.behind(session.recording.size)
+                for frame in stream.read_on(read, session.recording.size) if more else stream.end():
                     now += frame.seconds
                     frames.append(frame, now)
                 frames.forget(gap.start - LOOKBACK_SECONDS)
-                await asyncio.sleep(0)
+                await session.services.turn.go_on()
             found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
             yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
 
@@ -2614,13 +2617,12 @@ class Sweep:
 
     async def _take_up(self, name: str, left: bool) -> None:
         try:
-            session = self._find(name)
-            if left:
+            left, session = left and name not in self._sessions, self._find(name)
+            if left and session.recording.touched <= time.time() - self._grace:  # else another had it
                 await session.abandon()
-        except (Locked, Unreadable):  # of another server, or told of already
-            return
-        except SpoolError:  # just gone; or nothing can be written now
-            self.forget(name)
+        except SpoolError as error:  # of another server, or told of already
+            if not isinstance(error, Locked | Unreadable):  # or just gone
+                self.forget(name)
         except Exception:
             log.exception("session %s cannot be taken up", alias(name))
             self.postpone(name)
@@ -2636,7 +2638,7 @@ class Sweep:
 SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
 INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
 INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
-FINAL_SECONDS = 2.0  # of a window that agreement has not made final when it ends
+FINAL_SECONDS = 3.0  # of a window that agreement has not made final when it ends
 
 
 class Interims:
@@ -2722,7 +2724,7 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
         raise EndpointError("the endpoint's answer is not a transcription")
     error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
     reason = error.get("message") if isinstance(error, dict) else error
-    message = f"the endpoint answered {status}: {str(reason or response.reason_phrase)[:200]}"
+    message = f"the endpoint answered {status}: {_text(str(reason or response.reason_phrase))[:200]}"
     if status in (401, 403):
         raise EndpointError(f"{message} (check OPENAI_API_KEY)", again=False)
     if status == 429 and "insufficient_quota" in response.text:
@@ -2752,8 +2754,7 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
     silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
     starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
-    heard = [word for word in map(_timed, entries) if word]
-    heard = [word for word in heard if word.start >= ends[bisect_right(starts, word.start)]]
+    heard = [w for w in map(_timed, entries) if w and w.start >= ends[bisect_right(starts, w.start)]]
     timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
     letters, lone = normal(text), False
@@ -3713,10 +3714,7 @@ MP3_JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stre
 
 
 def recognise(head: bytes, limit: int) -> Format | None:
-    """The format of a stream that begins with `head`, yet to be fed; None while more of it is needed to tell.
-
-    What cannot be cut is held up to `limit` bytes. Raises FormatError for what is not accepted.
-    """
+    """The format that begins so, yet to be fed. What cannot be cut is held up to a limit. Or FormatError."""
     if head[:4] in (b"RIFF", b"RF64"):
         if head[8:12] == b"WAVE":
             return Wav()
@@ -3795,10 +3793,10 @@ class Archive:
         from botocore.config import Config
 
         names = ("request_checksum_calculation", "response_checksum_validation")
-        more: dict[str, Any] = {**dict.fromkeys(names, "when_required"), "retries": {"total_max_attempts": 2}}
+        more: dict[str, Any] = dict.fromkeys(names, "when_required")
+        more |= {"retries": {"total_max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
         try:
-            config = Config(connect_timeout=10, read_timeout=60, **more)
-            client = AioSession().create_client("s3", config=config)
+            client = AioSession().create_client("s3", config=Config(**more))
             self._client = await self._exit.enter_async_context(client)
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None

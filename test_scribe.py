@@ -306,6 +306,22 @@ def wav(
     return chunk(b"RIFF", b"WAVE" + chunk(b"fmt ", header) + before + data + after, size)
 
 
+def box(kind: bytes, *content: bytes) -> bytes:
+    """A box of MP4."""
+    body = b"".join(content)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def fragments(ticks: int, sizes: Iterable[int]) -> bytes:
+    """MP4 in fragments of so many bytes that claim some milliseconds each."""
+    clock = box(b"trak", box(b"mdia", box(b"mdhd", bytes(12), struct.pack(">I", 1000), bytes(8))))
+    usual = box(b"mvex", box(b"trex", bytes(8), struct.pack(">IIII", 1, ticks, 0, 0)))
+    one = struct.pack(">xxxxI", 1)
+    moof = box(b"moof", box(b"traf", box(b"tfhd", one), box(b"trun", one)))
+    bodies = [moof + box(b"mdat", bytes(size - 8 - len(moof))) for size in sizes]
+    return b"".join([box(b"ftyp", b"iso5\0\0\0\0iso5"), box(b"moov", clock, usual), *bodies])
+
+
 def encode(samples: Samples, rate: int, codec: Codec, bitrate: int = 32000) -> bytes:
     """A compressed file, as an encoder that streams would write it. Opus takes 8, 12, 16, 24 and 48 kHz."""
     muxer, name, options = CODECS[codec]
@@ -945,6 +961,26 @@ class Result:
 
 def _start(message: Message) -> float:
     return float(message["start"])
+
+
+TEXT, BINARY, PING, MORE = 0x81, 0x82, 0x89, 0x00  # first bytes of whole frames; of a further part
+
+
+def upgrade(path: str, *headers: str, host: str = "localhost") -> bytes:
+    """A handshake as it goes over the wire."""
+    lines = (f"GET {path} HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade")
+    key = ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")
+    return "\r\n".join([*lines, *key, *headers, "", ""]).encode()
+
+
+def framed(kind: int, content: bytes) -> bytes:
+    """A frame of a client; a mask of zeros (RFC 6455, 5.3) leaves the content as it is."""
+    size = len(content)
+    if size < 126:
+        return struct.pack(">BBI", kind, 0x80 | size, 0) + content
+    if size < 1 << 16:
+        return struct.pack(">BBHI", kind, 0x80 | 126, size, 0) + content
+    return struct.pack(">BBQI", kind, 0x80 | 127, size, 0) + content
 
 
 def with_options(uri: str, **options: object) -> str:
@@ -1962,11 +1998,11 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
         async with asyncio.TaskGroup() as group:
             for n in range(12):
                 group.create_task(desk.final(object(), lambda n=n: ready(str(n))))  # type: ignore[misc]
-            await asyncio.sleep(10)
+            await asyncio.sleep(6)
             ear.peak = 0
             asked = len(ear.asked)
-            await asyncio.sleep(9)
-            assert ear.peak <= 1, "the circuit is open"
+            await asyncio.sleep(13)  # two trials are ten seconds apart at most
+            assert ear.peak == 1, "the circuit is open"
             assert len(ear.asked) - asked < 8
         assert {name for _, name in ear.asked} == set(map(str, range(12)))
 
@@ -2154,7 +2190,7 @@ CASES = st.builds(
 )
 
 
-@settings(derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(CASES)
 def test_every_word_comes_back_once_in_order_and_in_time(case: Case) -> None:
     speech = speak(chatter(random.Random(case.seed), case.count), case.rate, seed=case.seed)
@@ -2386,13 +2422,14 @@ def test_what_several_requests_are_refused_at_once_is_learnt_once() -> None:
     assert len([post for post in endpoint.posts if post.fault]) >= 2 and not result.gaps
 
 
-def test_half_an_emoji_in_a_complaint_harms_no_session() -> None:
-    """It is valid JSON, and no text that could be written or sent."""
+def test_half_an_emoji_in_a_complaint_harms_no_session(caplog: pytest.LogCaptureFixture) -> None:
+    """It is valid JSON, and no text that could be written, logged or sent."""
     body = '{"error": {"message": "no \\ud83d"}}'
     endpoint = Endpoint(script=[None, Fault(400, body)])
     result = with_server(one_talk, endpoint)
     assert_told(TALK, result)
     assert "no ?" in result.gaps[0]["message"] and any(final.get("late") for final in result.finals)
+    assert "no ?" in caplog.text
 
 
 def test_an_azure_url_and_key_header_are_used() -> None:
@@ -2643,9 +2680,7 @@ def test_only_pages_of_the_server_and_listed_ones_may_connect(case: str, host: s
     async def scene(uri: str, _: Endpoint) -> None:
         port = urlsplit(uri).port
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = f"GET /ws HTTP/1.1\r\nHost: {asked}\r\nOrigin: {origin}\r\n"
-        upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        writer.write(f"{head}{upgrade}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+        writer.write(upgrade("/ws", f"Origin: {origin}", host=asked))
         status = (await reader.readline()).split()[1]
         writer.close()
         admitted = abroad if host == "0.0.0.0" else at_home
@@ -2689,7 +2724,7 @@ def test_bytes_are_taken_a_few_at_a_time_and_none_is_lost(size: int, monkeypatch
             monkeypatch.setattr(ServerConnection, "data_received", recorded)
             frames = [bytes(size)] * (20_000 if size < 4 else 20)
             audio = b"".join(frames)
-            payload = b"".join(wire_frame(frame) for frame in frames)
+            payload = b"".join(framed(BINARY, frame) for frame in frames)
             connection.transport.write(payload)
             while connection.transport.get_write_buffer_size():
                 await asyncio.sleep(0.01)
@@ -2703,21 +2738,11 @@ def test_bytes_are_taken_a_few_at_a_time_and_none_is_lost(size: int, monkeypatch
     assert compare(SPEECH.texts, result.words).words == 0
 
 
-def wire_frame(content: bytes) -> bytes:
-    """A client's binary message, masked with zeros."""
-    if len(content) < 126:
-        return bytes([0x82, 0x80 | len(content), 0, 0, 0, 0]) + content
-    return b"\x82\xff" + len(content).to_bytes(8, "big") + bytes(4) + content
-
-
 async def test_pongs_that_nobody_reads_do_not_pile_up(env: dict[str, str]) -> None:
-    ping = b"\x89\xfd\0\0\0\0" + bytes(125)
+    ping = framed(PING, bytes(125))
     async with Scribe(env) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 10)
-        head = b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        writer.write(
-            head + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
+        writer.write(upgrade("/ws"))
         await reader.readuntil(b"\r\n\r\n")
         with pytest.raises(ConnectionError):  # else 64 MB would be taken
             for _ in range(500):
@@ -3490,21 +3515,6 @@ def test_parts_of_a_window_hold_each_frame_once_and_fit(
     assert [part.clean for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
-def mp4_box(kind: bytes, *content: bytes) -> bytes:
-    body = b"".join(content)
-    return struct.pack(">I4s", 8 + len(body), kind) + body
-
-
-def mp4_bomb(sizes: Iterable[int], ticks: int = 5) -> bytes:
-    """Fragments of so many bytes that claim some ms each."""
-    clock = mp4_box(b"trak", mp4_box(b"mdia", mp4_box(b"mdhd", bytes(12), struct.pack(">I", 1000), bytes(8))))
-    usual = mp4_box(b"mvex", mp4_box(b"trex", bytes(8), struct.pack(">IIII", 1, ticks, 0, 0)))
-    one = struct.pack(">xxxxI", 1)
-    moof = mp4_box(b"moof", mp4_box(b"traf", mp4_box(b"tfhd", one), mp4_box(b"trun", one)))
-    fragments = [moof + mp4_box(b"mdat", bytes(size - 8 - len(moof))) for size in sizes]
-    return b"".join([mp4_box(b"ftyp", b"iso5\0\0\0\0iso5"), mp4_box(b"moov", clock, usual), *fragments])
-
-
 def test_no_request_is_larger_than_upload_bytes_whatever_the_stream_claims() -> None:
     """What is too large by itself becomes a gap that says so; the rest is posted."""
     posted: list[int] = []
@@ -3514,7 +3524,7 @@ def test_no_request_is_larger_than_upload_bytes_whatever_the_stream_claims() -> 
         return {"text": "heard"}
 
     async def scene(uri: str, _: Endpoint) -> Result:
-        return await talk(uri, mp4_bomb([200_000] * 20 + [3_000_000] + [200_000] * 20), patience=60)
+        return await talk(uri, fragments(5, [200_000] * 20 + [3_000_000] + [200_000] * 20), patience=60)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scribe.Whisper, "ask", lambda _, post: hear(post))
@@ -6162,38 +6172,7 @@ SIEGE_LATE, SIEGE_LAG, SIEGE_MEMORY = 1.0, 0.1, 300e6  # seconds, seconds, bytes
 HONEST, HOSTILE = "honest", "hostile"  # tokens
 PROBE_SECONDS, CUT_OFF = 0.05, 30.0  # between two pings; of a pong that never came
 ATTACK_SECONDS = 12.0  # for one attack, before it begins again
-SENDING, TEXT, BINARY, PING, MORE = 1 << 16, 0x81, 0x82, 0x89, 0x00  # bytes at once; first bytes of frames
-
-
-def upgrade(path: str, *headers: str) -> bytes:
-    """A handshake as it goes over the wire."""
-    lines = (f"GET {path} HTTP/1.1", "Host: localhost", "Upgrade: websocket", "Connection: Upgrade")
-    key = ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")
-    return "\r\n".join([*lines, *key, *headers, "", ""]).encode()
-
-
-def framed(kind: int, content: bytes) -> bytes:
-    """A frame of a client; a mask of zeros (RFC 6455, 5.3) leaves the content as it is."""
-    size = len(content)
-    if size < 126:
-        return struct.pack(">BBI", kind, 0x80 | size, 0) + content
-    if size < 1 << 16:
-        return struct.pack(">BBHI", kind, 0x80 | 126, size, 0) + content
-    return struct.pack(">BBQI", kind, 0x80 | 127, size, 0) + content
-
-
-def box(kind: bytes, content: bytes) -> bytes:
-    """A box of MP4."""
-    return struct.pack(">I4s", 8 + len(content), kind) + content
-
-
-def fragments(ticks: int, size: int, count: int) -> bytes:
-    """MP4 in fragments of so many milliseconds and bytes."""
-    clock = box(b"mdhd", bytes(12) + struct.pack(">I", 1000) + bytes(8))
-    defaults = box(b"mvex", box(b"trex", bytes(8) + struct.pack(">IIII", 1, ticks, 0, 0)))
-    head = box(b"ftyp", b"iso5\0\0\0\0iso5") + box(b"moov", box(b"trak", box(b"mdia", clock)) + defaults)
-    run = box(b"tfhd", bytes(4) + struct.pack(">I", 1)) + box(b"trun", bytes(4) + struct.pack(">I", 1))
-    return head + (box(b"moof", box(b"traf", run)) + box(b"mdat", bytes(size))) * count
+SENDING = 1 << 16  # bytes at once
 
 
 def ogg_of(packet: bytes, size: int) -> bytes:
@@ -6236,9 +6215,9 @@ def crafted() -> dict[str, bytes]:
         "empty clusters": elements + b"\x1f\x43\xb6\x75\x80" * (much // 5),
         "marks that no frame confirms": smallest * 200 + mp3 * (much // 4),
         "smallest frames of MP3": smallest * (much // len(smallest)),
-        "fragments of 5 ms and megabytes": fragments(5, 4 << 20, 7),
-        "fragments of 600 s and 200 bytes": fragments(600_000, 100, 5000),
-        "fragments of 1 ms": fragments(1, 8, 10_000),
+        "fragments of 5 ms and megabytes": fragments(5, [4 << 20] * 7),
+        "fragments of 600 s and 200 bytes": fragments(600_000, [200] * 5000),
+        "fragments of 1 ms": fragments(1, [100] * 10_000),
         "ten hours of FLAC in a megabyte": flac + bytes(16 + much),
         "a WAV of absurd numbers": wav(BUZZ, 8000)[:24] + b"\xff" * much,
         "random bytes": rng.randbytes(much // 4),
