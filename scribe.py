@@ -980,8 +980,7 @@ BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenA
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
 DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
-DISTANCE_MOST = 20.0  # seconds
-DISTANCE_SAMPLE = 60  # requests in a minute below which their number does not tell what the limit is
+DISTANCE_MOST, DISTANCE_SAMPLE = 20.0, 60  # seconds; requests a minute below which they tell no limit
 
 
 class Desk:
@@ -1186,8 +1185,7 @@ class Budget:
 # they are written. Windows are read back from the audio, so a session needs little memory however long it is;
 # clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
 # is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
-# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process works on the
-# session; the kernel drops it when the process dies.
+# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process has it.
 # ------------------------------------------------------------------------------------------------------------
 
 JOURNAL_BYTES = 1 << 13  # of events that are read at once, in a millisecond
@@ -1225,9 +1223,9 @@ class Recording:
         self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._file).st_nlink == 0:  # its owner finished it while we opened the file
-                raise FileNotFoundError(session)
             stat = os.fstat(self._file)
+            if stat.st_nlink == 0:  # its owner finished it while we opened the file
+                raise FileNotFoundError(session)
             self.size, self.touched = stat.st_size, stat.st_mtime  # bytes received; when it was left
             self.begun = self._journal.exists()  # else it was to be removed, or never begun
             self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
@@ -1389,6 +1387,7 @@ class State:
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
+        self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
         self.unstored = list(OBJECTS)  # what the bucket does not have
         self.warned = False  # that there is no speech
 
@@ -1424,7 +1423,7 @@ class State:
             case "end":
                 self.reason = event["reason"]
             case "complete":
-                self.summary = event["summary"]
+                self.summary, self.upload, self.marks = event["summary"], event.get("upload", []), [Mark()]
             case "stored":
                 self.unstored = [n for n in self.unstored if n != event.get("object", n)]  # all in version 1
             case "silent":
@@ -1557,7 +1556,7 @@ class Client:
 # ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
-TURN_SECONDS, PIECE_BYTES = 0.003, 1 << 14  # of a turn of the loop, see Turn; that are read at once
+TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
@@ -1793,16 +1792,17 @@ class Session:
         if audio and not self.state.over:
             self._fed = self._clock()
             self.recording.append(audio)
-        elif audio and not self.stream.format.error:
+        elif audio and self.state.reason != "format":
             self._say(error_message("after_end", "The session is over: this audio is not transcribed."))
 
     def _end(self, reason: str) -> None:
-        if not self.state.over:
+        if not self.state.over or (reason == "format" != self.state.reason):
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
         unended = self.state.over and not self.stream.ended
-        return self.stream.behind(self.recording.size) or bool(self._flushes) or unended
+        behind = self.stream.behind(self.recording.size) or bool(self._flushes) or unended
+        return behind and not self.state.upload
 
     async def _listen(self) -> None:
         """Hear what the spool has more. Of all sessions only one does so for long in a turn of the loop."""
@@ -2037,6 +2037,7 @@ RESTORES = 64  # sessions that are read back at once
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
 MAX_MESSAGE_BYTES = 1 << 20
 OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
+COLLECT = 700, 5, 2  # of gc: so often that little is found, for 46,000 objects at once took 0.09 s
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 17  # of mallopt(3): bytes, from which on blocks are given back
 
 
@@ -2207,6 +2208,7 @@ async def run(settings: Settings) -> None:
         if archive:
             await archive.open()
         gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
+        gc.set_threshold(*COLLECT)
         await Server(Services(settings, Desk(engine, settings), spool, archive)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
@@ -2225,11 +2227,10 @@ def main() -> int:
             logging.getLogger(library).setLevel(logging.WARNING)
         if settings.offline:
             log.warning("offline: PocketSphinx knows English only, and is rough")
-        if settings.host not in ("localhost", "127.0.0.1", "::1") and not settings.scribe_tokens:
+        if settings.host not in LOCAL and not settings.scribe_tokens:
             log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
-        loop: Callable[[], asyncio.AbstractEventLoop] | None = None
-        if importlib.util.find_spec("uvloop"):
-            loop = importlib.import_module("uvloop").new_event_loop
+        has_uvloop = importlib.util.find_spec("uvloop") is not None
+        loop = importlib.import_module("uvloop").new_event_loop if has_uvloop else None
         with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         with asyncio.Runner(loop_factory=loop) as runner:
@@ -2253,7 +2254,7 @@ MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables 
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
-TAKEN_BYTES, TAKEN_SECONDS = 1 << 12, 0.005  # at a time, 700 frames at most; until the next look at who waits
+TAKEN_BYTES, TAKEN_SECONDS = 1 << 11, 0.005  # at a time, 350 frames at most; until the next look at who waits
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
@@ -2303,7 +2304,7 @@ class Connection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes. Many of them wait for a turn: there may be thousands of frames in them."""
-        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.turn.has_time():
+        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.little.has_time():
             self._take(data)
             return
         if not self._untaken:
@@ -2379,7 +2380,7 @@ class Door:
         self._open = 0  # connections
         self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
-        self.turn = Turn()  # in which they take it
+        self.much, self.little = Turn(), Turn()  # in which they take it; in which little is taken at once
         whole = descriptors()
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = (whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes) // 2  # a client, a file
@@ -2404,7 +2405,7 @@ class Door:
     def _take_turns(self) -> None:
         """Let those that wait take, as long as there is time."""
         loop, idle = asyncio.get_running_loop(), 0
-        while idle < len(self._queue) and self.turn.has_time():
+        while idle < len(self._queue) and self.much.has_time():
             connection = self._queue.popleft()
             idle = idle + 1 if connection.recv_messages.paused else 0
             if connection.take_some():
@@ -2474,7 +2475,7 @@ class Ending:
         if not (self._ready and summary and session.client):
             return
         text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
-        self._told, code = session.client, CLOSE_FORMAT if session.stream.format.error else CLOSE_DONE
+        self._told, code = session.client, CLOSE_FORMAT if session.state.reason == "format" else CLOSE_DONE
         self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
 
     def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
@@ -2487,7 +2488,7 @@ class Ending:
         session = self._session
         if session.state.summary is None:
             await self._fill_gaps()
-            session.note("complete", summary=await self._sum_up())
+            session.note("complete", summary=await self._sum_up(), upload=self._deposit.about())
         async with asyncio.TaskGroup() as group:
             upload = group.create_task(self._deposit.store())
             await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
@@ -2713,10 +2714,9 @@ PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
 
 def read_response(response: httpx.Response) -> dict[str, Any]:
     """The endpoint's JSON. Raises EndpointError for what is no transcription."""
-    try:
+    content: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         content = response.json()
-    except (ValueError, RecursionError):
-        content = None
     status = response.status_code
     if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
         return content
@@ -2997,8 +2997,7 @@ class Parser(Format):
 
 # ---- Samples as they are written, and WAV as it is streamed ----
 
-# From here on, and at 0, the data size of a WAV is a streaming writer's, and no size.
-WAV_LIVE_SIZE = 0x7FFF_0000
+WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
 WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
 
@@ -3743,8 +3742,7 @@ def recognise(head: bytes, limit: int) -> Format | None:
 #
 # A recording goes up in parts that are read from the spool one by one, so an upload needs the memory of a
 # part. One that fails leaves nothing in the bucket and everything in the spool, where the sweep finds it
-# again. Servers that speak S3 differ: no checksum is asked for, no answer is read but its ETag, and all
-# errors are one.
+# again. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
 # ------------------------------------------------------------------------------------------------------------
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
@@ -3888,6 +3886,12 @@ class Deposit:
         places = {name: self._archive.address(self._key(name)) for name in OBJECTS}
         return {"archive": {**places, "stored": not self._session.state.unstored}}
 
+    def about(self) -> list[Any]:
+        """The recording: extension and media type, a header, and offset and size of what is behind it."""
+        form = self._session.stream.format
+        header, offset, size = form.stored(self._session.recording.size)
+        return self._session.state.upload or [*form.archive, header.decode("latin-1"), offset, size]
+
     async def store(self) -> None:
         """Bring what the bucket does not have; to a failing one for ARCHIVE_SECONDS."""
         session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
@@ -3896,8 +3900,7 @@ class Deposit:
         while self._archive and not self.done:
             name = session.state.unstored[0]
             try:
-                upload = await (self._audio() if name == "audio" else self._transcript())
-                await self._archive.store(upload, begin_by)
+                await self._archive.store(await self._upload(name), begin_by)
                 session.note("stored", object=name)
             except ArchiveError as error:
                 log.warning("session %s: not stored yet: %s", session.recording.name, error)
@@ -3907,16 +3910,15 @@ class Deposit:
                 delay *= 2
 
     def _key(self, name: str) -> str:
-        kind = self._session.stream.format.archive[0] if name == "audio" else "json"
+        kind = self.about()[0] if name == "audio" else "json"
         day = self._session.state.opened[:10].replace("-", "/")
         return f"{day}/{self._session.recording.name}.{kind}"
 
-    async def _audio(self) -> Upload:
-        recording, form = self._session.recording, self._session.stream.format
-        return Upload(self._key("audio"), form.archive[1], *form.stored(recording.size), recording)
-
-    async def _transcript(self) -> Upload:
+    async def _upload(self, name: str) -> Upload:
         session, lines = self._session, list[str]()
+        if name == "audio":
+            _, kind, header, offset, size = self.about()
+            return Upload(self._key(name), kind, header.encode("latin-1"), offset, size, session.recording)
         about: Message = {"session": session.recording.name, "opened": session.state.opened}
         about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
         for number, segment in enumerate(await session.recording.segments()):
@@ -3924,7 +3926,7 @@ class Deposit:
             if number % SEGMENTS_AT_ONCE == 0:
                 await asyncio.sleep(0)
         text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'
-        return Upload(self._key("transcript"), "application/json", text.encode(), 0, 0, session.recording)
+        return Upload(self._key(name), "application/json", text.encode(), 0, 0, session.recording)
 
 
 # ---- Offline recognition ----
