@@ -235,7 +235,7 @@ def _wanted(found: Any, valid: Any) -> str:
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
-COST_SECONDS, COST_SHARE = 2.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
+COST_SECONDS, COST_SHARE = 1.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
 SPARSE_SECONDS, SPARSE_BYTES = 600.0, 32  # of audio, from which on a second has bytes; Opus is silent with 60
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
@@ -3671,7 +3671,7 @@ class FragmentedMP4(Parser):
 HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
 HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
 # How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
-HELD_FACTS = rb"(?s)^fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
+HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
 class Held(Parser):
@@ -3686,7 +3686,7 @@ class Held(Parser):
 
     def step(self) -> Steps:
         for flac, mvhd, duration, vorbis, granule in re.findall(HELD_FACTS, self.buffer):
-            facts = int.from_bytes(flac, "big")  # rate (20 bits), channels, depth, samples (36 bits)
+            facts = int.from_bytes(b"" if self.offset else flac, "big")  # rate: 20 bits; 8; samples: 36
             self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
             ticks = facts & (1 << 36) - 1 or int.from_bytes(duration or granule[::-1], "big")
             self.ticks = ticks or self.ticks
