@@ -2556,9 +2556,9 @@ class Ending:
 # ------------------------------------------------------------------------------------------------------------
 # Sweep: sessions that nobody works on.
 #
-# Those that a client has left are finished when their grace time is over, whichever server began them. Those
-# that have failed, and those that wait for the bucket, are tried again, ever later, and a few at a time; what
-# cannot be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
+# Those that a client has left are finished when their grace time is over, whichever server began them. Before
+# them come those that wait for the bucket or have failed, each ever later; a few run at a time. What cannot
+# be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
 # ------------------------------------------------------------------------------------------------------------
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
@@ -2605,7 +2605,7 @@ class Sweep:
                 session.recording.touch()
             left = set(await asyncio.to_thread(self._spool.sweep, self._grace))
             pause = min(max(SWEEP_LEAST, self._grace * SWEEP_SHARE), SWEEP_MOST)
-            for name in sorted(left | self._later.keys(), key=lambda n: self._later.get(n, (0, 0.0))[1]):
+            for name in sorted(left | self._later.keys(), key=lambda n: self._later.get(n, (0, math.inf))[1]):
                 if name in self._sessions or self._later.get(name, (0, 0.0))[1] > self._clock():
                     continue
                 self._swept &= self._sessions.keys()
@@ -3311,7 +3311,7 @@ class Opus(Parser):
     def _celt(self, frame: bytes, stereo: bool) -> float:
         """The level of a CELT frame of 20 ms (4.3, 4.3.2.1)."""
         decoder = RangeDecoder(frame)
-        read = decoder.read
+        read, over, below, power = decoder.read, len(frame) + 1, [0.0, 0.0], 0.0
         if read(OPUS_RARE):
             self.energies = [[-28.0] * len(CELT_MEANS)] * 2
             return SILENT_DB
@@ -3321,14 +3321,14 @@ class Opus(Parser):
         short = read(OPUS_EIGHTH)
         alpha, beta, models = CELT_INTRA if read(OPUS_EIGHTH) else CELT_INTER
         channels = [energies.copy() for energies in self.energies[: 1 + stereo]]
-        below, power = [0.0, 0.0], 0.0
         for band, (alphabet, weight) in enumerate(zip(models, CELT_WEIGHTS, strict=True)):
             for channel, energies in enumerate(channels):
-                symbol = read(alphabet) if decoder.at <= len(frame) + 1 else 1  # -1 where the frame is over
+                symbol = read(alphabet) if decoder.at <= over else 1  # -1 where the frame is over
                 change = -(symbol + 1 >> 1) if symbol & 1 else symbol >> 1
-                energies[band] = energy = alpha * max(-9.0, energies[band]) + below[channel] + change
+                last = energies[band]  # below, conditions are quicker than max and min
+                energies[band] = energy = alpha * (last if last > -9.0 else -9.0) + below[channel] + change
                 below[channel] += (1 - beta) * change
-                power += weight * 4 ** min(energy, 32.0)
+                power += weight * 4 ** (energy if energy < 32.0 else 32.0)
         self.energies = channels if stereo else channels * 2
         return CELT_FULL_SCALE + CELT_SHORT * short + 10 * math.log10(power / len(channels))
 
