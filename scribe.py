@@ -1582,6 +1582,31 @@ class Pending:
     outcome: Hypothesis | EndpointError | None = None
 
 
+class Turn:
+    """The time that all together have for something in one turn of the loop."""
+
+    def __init__(self) -> None:
+        self._until, self._line = 0.0, asyncio.Lock()  # 0: nobody has asked in this turn
+
+    async def begin(self) -> None:
+        """Wait until there is time."""
+        while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
+            await asyncio.sleep(0)
+
+    async def go_on(self) -> None:
+        """Wait in line: of those that need longer, one goes on in each turn."""
+        async with self._line:
+            await asyncio.sleep(0)
+
+    def has_time(self) -> bool:
+        """Whether there is any left."""
+        loop = asyncio.get_running_loop()
+        if not self._until:
+            self._until = loop.time() + TURN_SECONDS
+            loop.call_soon(setattr, self, "_until", 0.0)
+        return loop.time() < self._until
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What the sessions of a process share."""
@@ -1592,7 +1617,7 @@ class Services:
     archive: Archive | None
     hour: Hour = field(default_factory=Hour)
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
-    turn: Turn = field(default_factory=lambda: Turn())  # in which sessions begin, read and listen
+    turn: Turn = field(default_factory=Turn)  # in which sessions begin, read and listen
 
 
 class Session:
@@ -2343,31 +2368,6 @@ class Connection(ServerConnection):
         self._pongs = self._pongs + unread - before if before else unread
         if self._pongs > UNREAD_PONGS:
             self.transport.abort()
-
-
-class Turn:
-    """The time that all together have for something in one turn of the loop."""
-
-    def __init__(self) -> None:
-        self._until, self._line = 0.0, asyncio.Lock()  # 0: nobody has asked in this turn
-
-    async def begin(self) -> None:
-        """Wait until there is time."""
-        while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
-            await asyncio.sleep(0)
-
-    async def go_on(self) -> None:
-        """Wait in line: of those that need longer, one goes on in each turn."""
-        async with self._line:
-            await asyncio.sleep(0)
-
-    def has_time(self) -> bool:
-        """Whether there is any left."""
-        loop = asyncio.get_running_loop()
-        if not self._until:
-            self._until = loop.time() + TURN_SECONDS
-            loop.call_soon(setattr, self, "_until", 0.0)
-        return loop.time() < self._until
 
 
 class Door:
@@ -3685,11 +3685,11 @@ class Held(Parser):
         self.extension, self.media_type = self.archive = name, HELD[name]
 
     def step(self) -> Steps:
-        for flac, mvhd, duration, vorbis, granule in re.findall(HELD_FACTS, self.buffer):
-            facts = int.from_bytes(b"" if self.offset else flac, "big")  # rate: 20 bits; 8; samples: 36
+        native = self.buffer.startswith(b"fLaC")  # in an MP4 these letters only name the codec
+        for flac, mvhd, length, vorbis, granule in re.findall(HELD_FACTS, self.buffer):
+            facts = int.from_bytes(flac, "big") if native else 0  # rate: 20 bits; 8; samples: 36
             self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
-            ticks = facts & (1 << 36) - 1 or int.from_bytes(duration or granule[::-1], "big")
-            self.ticks = ticks or self.ticks
+            self.ticks = facts & (1 << 36) - 1 or int.from_bytes(length or granule[::-1], "big") or self.ticks
         self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
         if self.offset + len(self.buffer) > self.limit:
             raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")

@@ -3515,6 +3515,17 @@ def test_parts_of_a_window_hold_each_frame_once_and_fit(
     assert [part.clean for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
+@pytest.mark.parametrize("at_end", [False, True])
+def test_flac_in_mp4_is_as_long_as_the_mp4_says(at_end: bool) -> None:
+    """Its codec has the name with which a FLAC file begins."""
+    says = box(b"mvhd", bytes(12), struct.pack(">II", 1000, 61_000))
+    moov = box(b"moov", *([box(b"fLaC", b"7" * 40), says] if at_end else [says, box(b"fLaC", b"7" * 40)]))
+    mdat = box(b"mdat", bytes(400_000))
+    data = box(b"ftyp", b"M4A \0\0\0\0") + (mdat + moov if at_end else moov + mdat)
+    form, frames = parse(data)
+    assert form.name == "mp4" and [frame.seconds for frame in frames] == [61.0]
+
+
 def test_no_request_is_larger_than_upload_bytes_whatever_the_stream_claims() -> None:
     """What is too large by itself becomes a gap that says so; the rest is posted."""
     posted: list[int] = []
