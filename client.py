@@ -252,8 +252,21 @@ def clock(seconds: float, point: str = ".") -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"
 
 
+def closed(segments: list[Message], whole: str) -> list[Message]:
+    """Segments as the whole text spells them: where a sentence goes on over a cut it has no full stop."""
+    found: list[Message] = []
+    for segment in segments:
+        text = segment["text"] if whole.startswith(segment["text"]) else segment["text"].rstrip(" .…")
+        if not whole.startswith(text):
+            return segments  # it is the text of others
+        found.append({**segment, "text": text})
+        whole = whole[len(text) :].lstrip()
+    return found
+
+
 def render(output: str, complete: Message, segments: list[Message]) -> str:
     """A whole result as `srt`, `vtt` (W3C WebVTT, in which `&`, `<` and `>` are markup) or `json`."""
+    segments = closed(segments, complete.get("full_transcription", ""))
     if output == "json":
         kept = [{key: s[key] for key in s if key not in ("type", "received")} for s in segments]
         return json.dumps({**complete, "segments": kept}, ensure_ascii=False, indent=2)

