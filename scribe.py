@@ -3084,19 +3084,12 @@ WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming wr
 WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
 
-def _mulaw(code: int) -> int:
-    exponent, step = ~code >> 4 & 7, 2 * (~code & 15) + 33  # ITU-T G.711
-    return ((step << exponent) - 33) * (4 if code & 128 else -4)
-
-
-def _alaw(code: int) -> int:
-    exponent, step = (code ^ 0x55) >> 4 & 7, 2 * ((code ^ 0x55) & 15) + 33  # ITU-T G.711
-    return (step << exponent if exponent else 2 * step - 64) * (4 if code & 128 else -4)
-
-
-def _codes(linear: Callable[[int], int]) -> tuple[bytes, bytes]:
-    table = struct.pack("<256h", *map(linear, range(256)))
-    return table[0::2], table[1::2]
+def _g711(mask: int) -> Iterator[int]:
+    """What the codes of A-law (mask 0x55) or mu-law (0xFF) stand for, by ITU-T G.711."""
+    for code in range(256):
+        exponent, step = (code ^ mask) >> 4 & 7, 2 * ((code ^ mask) & 15) + 33
+        linear = 2 * step - 64 if exponent == 0 else step << exponent
+        yield ((step << exponent) - 33 if mask == 0xFF else linear) * (4 if code & 128 else -4)
 
 
 class Encoding(NamedTuple):
@@ -3104,7 +3097,7 @@ class Encoding(NamedTuple):
 
     size: int  # bytes of a sample
     tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
-    codes: tuple[bytes, bytes] | None = None  # low and high bytes of what samples of 8 bits stand for
+    codes: bytes = b""  # what samples of 8 bits stand for, as PCM16
 
     def listen(self, data: bytes, n: int, count: int) -> Iterator[tuple[int, ...]]:
         """Every n-th sample as PCM16, in runs of `count`."""
@@ -3122,21 +3115,21 @@ class Encoding(NamedTuple):
             return memoryview(array("h", clipped))
         low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
         if self.codes:
-            low, high = map(high.translate, self.codes)
+            low, high = high.translate(self.codes[0::2]), high.translate(self.codes[1::2])
         samples = bytearray(2 * len(high))
         samples[0::2], samples[1::2] = low, high
         return memoryview(samples).cast("h")
 
 
 ENCODINGS = {
-    "pcm_u8": Encoding(1, 1, _codes(lambda code: (code - 128) << 8)),
+    "pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256))),
     "pcm_s16le": Encoding(2, 1),
     "pcm_s24le": Encoding(3, 1),
     "pcm_s32le": Encoding(4, 1),
     "pcm_f32le": Encoding(4, 3),
     "pcm_f64le": Encoding(8, 3),
-    "alaw": Encoding(1, 6, _codes(_alaw)),
-    "mulaw": Encoding(1, 7, _codes(_mulaw)),
+    "alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55))),
+    "mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF))),
 }
 
 
