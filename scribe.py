@@ -3184,7 +3184,15 @@ class Wav(Parser, Pcm):
                 fmt = yield from self.take(size + size % 2)
             elif kind != b"data":
                 yield from self.skip(size + size % 2)
-        self._describe(fmt)
+        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
+        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
+            tag = int.from_bytes(fmt[24:26], "little")
+        encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
+        if not encoding or rate not in RATES or channels not in CHANNELS:
+            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
+            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
+            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
+        self._declare(encoding, rate, channels)
         self._first_sample, self._padding = self.offset, size % self.block + size % 2
         self._end = ENDLESS if size >= WAV_LIVE_SIZE else self.offset + size - size % self.block
 
@@ -3195,17 +3203,6 @@ class Wav(Parser, Pcm):
         if self.offset == self._first_sample:
             self._end = ENDLESS  # too few to tell from a chunk
         return super().end()
-
-    def _describe(self, fmt: bytes) -> None:
-        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
-        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
-            tag = int.from_bytes(fmt[24:26], "little")
-        encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
-        if not encoding or rate not in RATES or channels not in CHANNELS:
-            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
-            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
-            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
-        self._declare(encoding, rate, channels)
 
 
 # ---- Opus: packets in, Ogg files out ----
