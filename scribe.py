@@ -3888,19 +3888,14 @@ class Archive:
     async def store(self, upload: Upload, until: float) -> None:
         """Upload an object, if that can begin by a time of the loop's clock. Raises ArchiveError."""
         try:  # behind a bucket that fails or hangs all would wait, with their files open
-            async with asyncio.timeout_at(0.0 if self._failing else until):
-                await self._uploads.acquire()
-        except TimeoutError:
-            self._failing = True
-            raise ArchiveError(f"{self.address(upload.key)}: the bucket fails, or is too slow") from None
-        try:
-            await self._store(upload)
+            async with asyncio.timeout_at(0.0 if self._failing else until) as limit, self._uploads:
+                limit.reschedule(None)  # it has begun
+                await self._store(upload)
             self._failing = False
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
             self._failing = True
-            raise ArchiveError(f"{self.address(upload.key)}: {error or type(error).__name__}") from error
-        finally:
-            self._uploads.release()
+            what = "the bucket fails, or is too slow" if isinstance(error, TimeoutError) else error
+            raise ArchiveError(f"{self.address(upload.key)}: {what}") from error
 
     async def _store(self, upload: Upload) -> None:
         target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
