@@ -3903,9 +3903,15 @@ class Archive:
         if size > PART_BYTES:
             await self._store_parts(target, upload)
         else:
-            body = next(upload.pieces())
-            await self._client.put_object(**target, Body=body, ContentType=upload.media_type)
-        await self._confirm(target, size)
+            piece = next(upload.pieces())
+            await self._client.put_object(**target, Body=piece, ContentType=upload.media_type)
+        try:  # look before the only other copy is deleted: a proxy's page has status 200 too
+            found = await self._client.head_object(**target)
+            if found.get("ContentLength", size) != size:
+                raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:  # we may write, and not read
+                raise
 
     async def _store_parts(self, target: dict[str, str], upload: Upload) -> None:
         with contextlib.suppress(Exception):  # what a crash has left of an earlier attempt is only paid for
@@ -3923,17 +3929,6 @@ class Archive:
             with contextlib.suppress(Exception):
                 await self._client.abort_multipart_upload(**target)
             raise
-
-    async def _confirm(self, target: dict[str, str], size: int) -> None:
-        """Look before the only other copy is deleted: a proxy's page has status 200 too."""
-        try:
-            found = await self._client.head_object(**target)
-        except self._client.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:  # we may write, and not read
-                return
-            raise
-        if found.get("ContentLength", size) != size:
-            raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
 
 
 class Deposit:
