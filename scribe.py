@@ -3537,12 +3537,10 @@ class WebM(Opus):
 MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how often they are halved, by version
 MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
 MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
-MP3_SIDE = {1: 9, 2: 17, 4: 32}  # bytes of side information, by the granules that it describes
 MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
 MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
-MP3_OVERLAP = 2  # frames that sound on in a window behind them
-MP3_FULL_SCALE = -328.0  # dBFS; this and the next two measured
-MP3_GAIN, MP3_BITS = 1.505, 2.0  # dB of a step of the gain; dB by the square root of the number of bits
+# dBFS of no gain and bits; dB of a step of the gain; dB by the square root of the number of bits: measured.
+MP3_FULL_SCALE, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0
 
 
 class MP3Header(NamedTuple):
@@ -3553,7 +3551,6 @@ class MP3Header(NamedTuple):
     samples: int = 0
     side: int = 0  # where the side information begins
     data: int = 0  # and the main data behind it
-    granules: int = 0  # that the side information describes, of all channels
 
 
 def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
@@ -3562,11 +3559,10 @@ def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
     version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
     if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
         return MP3Header()
-    samples, kbits = (1152, MP3_KBITS) if version == 3 else (576, MP3_LOW_KBITS)
+    samples, kbits, sides = (1152, MP3_KBITS, (32, 17)) if version == 3 else (576, MP3_LOW_KBITS, (17, 9))
     rate, side = MP3_RATES[place] >> MP3_HALVED[version], 4 if second & 1 else 6
-    granules = samples // 576 * (1 if fourth >= 0xC0 else 2)
     size = samples * 125 * kbits[code - 1] // rate + (third >> 1 & 1)
-    return MP3Header(size, rate, samples, side, side + MP3_SIDE[granules], granules)
+    return MP3Header(size, rate, samples, side, side + sides[fourth >= 0xC0])  # which is mono
 
 
 def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
@@ -3632,7 +3628,7 @@ class MP3(Parser):
         """The loudness of the loudest granule, about dBFS."""
         bits, level = int.from_bytes(frame[header.side : header.data], "big"), SILENT_DB
         width = 59 if header.samples == 1152 else 63  # bits of a granule
-        for shift in range(width - 29, width * header.granules, width):
+        for shift in range(width - 29, 8 * (header.data - header.side), width):
             used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
             if used:
                 level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
@@ -3640,7 +3636,7 @@ class MP3(Parser):
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """An MP3 file. Of the lead it holds the last frames and what they borrow, which are not heard."""
-        start = max(0, lead - MP3_OVERLAP)
+        start = max(0, lead - 2)  # frames that sound on in those behind them
         first, header = frames[start], mp3_header(frames[start])
         data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
         borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
