@@ -3066,10 +3066,8 @@ class Parser(Format):
         """Pass over bytes without holding them."""
         if size > LARGEST_SKIP:
             raise Damage(f"{size} bytes are claimed for one element")
-        while size > len(self.buffer):
-            size -= len(self.drop(len(self.buffer)))
+        while size := size - len(self.drop(size)):
             yield False
-        self.drop(size)
 
     def warn(self, text: str) -> None:
         """Say what was skipped, but do not flood the client of a damaged stream."""
