@@ -2974,7 +2974,7 @@ def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
 # limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
-# knows, with a warning; a format without marks ends there. The generator yields whether it has only paused.
+# knows, with a warning; a format without marks ends there. The generator yields True where it can go on.
 
 MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
@@ -2997,12 +2997,12 @@ class Parser(Format):
     def __init__(self, *declared: Any) -> None:
         super().__init__(*declared)
         self.found: list[Frame] = []
-        self._element = self._warned = self._worked = 0  # where it is that is being read; warnings; work
+        self._element = self._warned = 0  # where it is that is being read; warnings
         self._steps = self._run()
 
     def parse(self) -> list[Frame]:
         try:
-            self.paused = next(self._steps)
+            self.paused = all(next(self._steps) for _ in range(PAUSE))
         except FormatError as error:
             self.error, self.paused = error, False
             self.buffer.clear()
@@ -3034,7 +3034,7 @@ class Parser(Format):
     def _run(self) -> Steps:
         while True:
             self._element = self.offset
-            yield from self.pause()
+            yield True
             try:
                 yield from self.step()
             except Damage as damage:
@@ -3044,12 +3044,6 @@ class Parser(Format):
                     yield False
                 if self.offset > self._element:
                     self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
-
-    def pause(self) -> Steps:
-        """Pause if enough was done for a while."""
-        self._worked += 1
-        if self._worked % PAUSE == 0:
-            yield True
 
     def need(self, size: int) -> Steps:
         """Wait until the buffer holds so many bytes."""
@@ -3447,7 +3441,7 @@ class OggOpus(Opus):
             self.part += page[body : body + lace]
             body += lace
             if lace < 255:
-                yield from self.pause()
+                yield True
                 if self.part.startswith(b"OpusHead"):
                     self.begin(self.part)
                 elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
