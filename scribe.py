@@ -3729,7 +3729,6 @@ class FragmentedMP4(Parser):
 
 # ---- Held: what cannot be cut is posted whole at the end ----
 
-HELD = {"flac": "audio/flac", "mp4": "audio/mp4", "ogg": "audio/ogg", "webm": "audio/webm"}
 HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
 # How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
 HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
@@ -3743,7 +3742,7 @@ class Held(Parser):
     def __init__(self, name: str, limit: int) -> None:
         super().__init__()
         self.name, self.limit = name, limit
-        self.extension, self.media_type = self.archive = name, HELD[name]
+        self.extension, self.media_type = self.archive = name, f"audio/{name}"
 
     def step(self) -> Steps:
         native = self.buffer.startswith(b"fLaC")  # in an MP4 these letters only name the codec
