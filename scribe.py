@@ -3290,9 +3290,7 @@ class RangeDecoder:
 
 
 def opus_frames(packet: bytes) -> list[bytes]:
-    """The frames of a packet; none where it breaks a rule of RFC 6716, 3.4."""
-    if not packet:
-        return []
+    """The frames of a packet, of a byte at least; none where it breaks a rule of RFC 6716, 3.4."""
     code, at, end = packet[0] & 3, 1, len(packet)
     count, variable = (1, 2, 2, 0)[code], code == 2
     if code == 3 and at < end:
@@ -3341,7 +3339,7 @@ class Opus(Parser):
 
     def packet(self, packet: bytes, offset: int, size: int) -> None:
         """Take a packet that lies at `offset` of the stream, in `size` bytes."""
-        frames = opus_frames(packet) if size < LARGEST_PACKET else []
+        frames = opus_frames(packet) if packet and size < LARGEST_PACKET else []
         if not frames:
             self.warn(f"Bytes {offset} to {offset + size - 1} were skipped: they are no packet of Opus.")
             return
@@ -3418,7 +3416,6 @@ class OggOpus(Opus):
     """Opus in Ogg. Where a packet goes on in the next page, its frame holds that page's header too."""
 
     name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
-    inner = re.compile(rb"(?s)OggS\0[\1\5].{20}(.)")  # header of a page that goes on with a packet
     serial = b""  # of the logical stream that is read
     part_offset = -1  # of a packet that goes on in the next page; -1 where its beginning is lost
 
@@ -3450,10 +3447,10 @@ class OggOpus(Opus):
         self.part = self.part[:LARGEST_PACKET]
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """See Opus. Headers of pages are taken out of the packets."""
+        """See Opus. Headers of the pages where packets go on are taken out of them."""
         packets = []
         for packet in frames:
-            while found := self.inner.search(packet):
+            while found := re.search(rb"(?s)OggS\0[\1\5].{20}(.)", packet):
                 packet = packet[: found.start()] + packet[found.end() + found[1][0] :]
             packets.append(packet)
         return super().file(packets, lead)
@@ -3476,8 +3473,7 @@ WEBM_DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75
 class WebM(Opus):
     """Opus in WebM: the first track that has it. A new recording may begin in mid-stream."""
 
-    name, archive = "webm", ("webm", "audio/webm")
-    mark = re.compile(re.escape(WEBM_EBML) + b"|" + re.escape(WEBM_CLUSTER))
+    name, archive, mark = "webm", ("webm", "audio/webm"), re.compile(WEBM_EBML + b"|" + WEBM_CLUSTER)
     track = -1  # first byte of the blocks that are read
     entry: Mapping[bytes, bytes] = {}  # of the track that is being described
     entry_end = 0  # offset behind it
