@@ -3400,16 +3400,12 @@ class Opus(Parser):
         durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in frames]
         head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
         pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
-        waiting: list[bytes] = []
-        samples, room = 0, 255  # laces that the page has room for
-        for packet, duration in zip(frames, durations, strict=True):
-            room -= len(packet) // 255 + 1
-            if room < 0:
-                pages.append(ogg_page(0, samples, len(pages), waiting))
-                waiting, room = [], 254 - len(packet) // 255
-            waiting.append(packet)
-            samples += duration
-        return b"".join([*pages, ogg_page(4, samples, len(pages), waiting)])
+        most = 255 // (max(map(len, frames)) // 255 + 1)  # packets of a page, which has room for 255 laces
+        for begin in range(0, len(frames), most):
+            end = begin + most
+            flags = 4 if end >= len(frames) else 0
+            pages.append(ogg_page(flags, sum(durations[:end]), len(pages), frames[begin:end]))
+        return b"".join(pages)
 
 
 class OggOpus(Opus):
