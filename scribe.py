@@ -2967,20 +2967,17 @@ def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Codecs and containers: the formats beside PCM, known to the path by the interface of `Format` only.
-# ------------------------------------------------------------------------------------------------------------
-
-# ---- Parsers: how containers are read ----
 #
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
 # limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
 # knows, with a warning; a format without marks ends there. The generator yields True where it can go on.
+# ------------------------------------------------------------------------------------------------------------
 
 MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
 LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
-
 Steps = Generator[bool, None, None]
 
 
@@ -3198,7 +3195,6 @@ class Wav(Parser, Pcm):
 
 
 # ---- Opus: packets in, Ogg files out ----
-#
 # A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
 # Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
 # laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
@@ -3206,8 +3202,7 @@ class Wav(Parser, Pcm):
 # Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
 # 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
 # energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
-# energies from the frame before, so every packet must be seen, in order. A model is the cumulative
-# frequencies of the symbols of an alphabet.
+# energies from the frame before, so every packet must be seen, in order.
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
 LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
@@ -3218,7 +3213,7 @@ OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def opus_model(*frequencies: int) -> list[int]:
-    """The model of symbols of these frequencies."""
+    """The model of an alphabet: the cumulative frequencies of its symbols."""
     return list(accumulate(frequencies))
 
 
@@ -3453,10 +3448,8 @@ class OggOpus(Opus):
 
 
 # ---- WebM: what browsers record ----
-#
-# Elements are an ID, a size and a content; both numbers are of variable length (RFC 8794). Recorders leave
-# the sizes of Segment and Cluster unknown, so there is no stack: containers are entered, never left, and all
-# else is of a size.
+# Elements are an ID, a size (both of variable length, RFC 8794) and a content. Recorders leave the sizes of
+# Segment and Cluster unknown, so there is no stack: containers are entered, never left.
 
 WEBM_EBML, WEBM_CLUSTER, WEBM_TRACKS = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x16\x54\xae\x6b"
 WEBM_CONTAINERS = b"\x18\x53\x80\x67", b"\xa0", WEBM_CLUSTER  # Segment, BlockGroup
@@ -3511,7 +3504,6 @@ class WebM(Opus):
 
 
 # ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
-#
 # Header, side information, main data. The data of a frame may begin in frames before it, and the sound of two
 # frames before it overlaps its own. So a file begins with an Info frame, which says how many frames there
 # are, a silent frame, whose unused end holds the borrowed bytes, and these two frames; players skip what the
@@ -3632,7 +3624,6 @@ class MP3(Parser):
 
 
 # ---- MP4 in fragments: ISO 14496-12 ----
-#
 # Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
 # the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
 # them is found by its kind: no number that stands there is as large as four letters.
