@@ -3205,8 +3205,6 @@ class Wav(Parser, Pcm):
 # energies from the frame before, so every packet must be seen, in order.
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-LARGEST_OPUS_FRAME, LONGEST_PACKET = 1275, 5760  # bytes; samples, which are 120 ms (3.4)
-LARGEST_OPUS_HEAD = 276  # bytes: 21, and one for each of 255 channels (RFC 7845, 5.1)
 # Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
 OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -3292,7 +3290,7 @@ def opus_frames(packet: bytes) -> list[bytes]:
         count, variable, padded, at = packet[1] & 63, packet[1] > 127, packet[1] & 64 > 0, 2
         while padded and at < len(packet):
             padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
-    if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= LONGEST_PACKET:
+    if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= 5760:  # 120 ms
         return []
     sizes = [(end - at) // count] * count
     if variable:
@@ -3300,7 +3298,7 @@ def opus_frames(packet: bytes) -> list[bytes]:
             first, second = packet[at : at + 2].ljust(2, b"\0")
             sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
         sizes[-1] = end - at - sum(sizes[:-1])
-    if min(sizes) < 0 or max(sizes) > LARGEST_OPUS_FRAME or at + sum(sizes) != end:
+    if min(sizes) < 0 or max(sizes) > 1275 or at + sum(sizes) != end:
         return []
     return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
 
@@ -3328,7 +3326,7 @@ class Opus(Parser):
 
     def begin(self, head: bytes) -> None:
         """Take an OpusHead: a recording begins."""
-        if not head.startswith(b"OpusHead") or not 19 <= len(head) <= LARGEST_OPUS_HEAD:
+        if not head.startswith(b"OpusHead") or not 19 <= len(head) <= 276:  # of 255 channels (RFC 7845)
             raise Damage("a broken OpusHead")
         self.head, self.energies = head, Opus.energies
 
