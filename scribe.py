@@ -2921,18 +2921,14 @@ def _is_loop(letters: str, words: int, speech: float) -> bool:
 
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
     """Keep one of a phrase that is repeated over and over. "Zero zero zero" is said: it takes its time."""
-    words, texts = list(words), [normal(word.text) for word in words]
+    words, numbers = list(words), dict[str, int]()  # of spellings: each becomes a letter of a text
+    text = "".join(chr(numbers.setdefault(normal(word.text), len(numbers))) for word in words)
     shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
     for size in range(shortest, min(LOOP_LONGEST, len(words) // LOOP_COUNT) + 1):
-        same = bytes(map(operator.eq, texts, texts[size:])) + b"\0"  # in C: a held file has 10,000 words
-        kept, at = [], 0
-        while (begin := same.find(b"\1" * size * (LOOP_COUNT - 1), at)) >= 0:
-            stop = same.index(b"\0", begin)
-            kept.append(slice(at, begin + size))
-            at = begin + size + (stop - begin) // size * size
-        kept.append(slice(at, None))
-        words = [word for part in kept for word in words[part]]
-        texts = [text for part in kept for text in texts[part]]
+        loop = re.compile(f"(?s)(.{{{size}}})\\1{{{LOOP_COUNT - 1},}}")
+        for found in reversed(list(loop.finditer(text))):
+            del words[found.start() + size : found.end()]
+        text = loop.sub(r"\1", text)
     return words
 
 
