@@ -2745,11 +2745,9 @@ class Interims:
 # ------------------------------------------------------------------------------------------------------------
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
-LOOP_COUNT, LOOP_WORDS = 3, 3  # repeats, and words of a phrase, that are a loop at any rate
-LOOP_LONGEST = 40  # words of a phrase that Whisper loops: a long sentence
+LOOP_COUNT, LOOP_WORDS, LOOP_LONGEST = 3, 3, 40  # repeats; words that are a loop at any rate, and at most
 LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
 LOOP_SLOWEST = 2.0  # of a short word that is said again and again
-LOOP = re.compile(r"(.{2,8}?)\1{3,}")  # an answer that is nothing else, without spaces
 DECIDING_SECONDS = 5.0  # of speech: in less Whisper takes one language for another
 ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
 PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
@@ -2759,7 +2757,6 @@ PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom'
 PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
     "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
 )
-
 
 # Whisper's names for languages (tokenizer.py), with their codes where those are not the first two letters.
 LANGUAGE_NAMES = """
@@ -2816,18 +2813,19 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds in `retry-after-ms` or `Retry-After` (RFC 9110, 10.2.3: seconds or a date); 0 for neither."""
-    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
+    after, milliseconds, wait = headers.get("retry-after", ""), headers.get("retry-after-ms", ""), 0.0
     with contextlib.suppress(ValueError):
-        return min(max(0.0, float(milliseconds) / 1000 if milliseconds else float(after)), HOUR)
+        wait = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
     with contextlib.suppress(ValueError):
-        return min(max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time()), HOUR)
-    return 0.0
+        wait = float(milliseconds) / 1000 if milliseconds else float(after)
+    return min(max(0.0, wait), HOUR)
 
 
 def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     """What the endpoint says of a window, without ghosts. Any field but `text` may be missing or odd."""
     segments = [item for item in _list(answer.get("segments")) if isinstance(item, dict)]
-    ghosts = list(map(_is_ghost, segments))
+    odds = [(_number(item.get("no_speech_prob")), _number(item.get("avg_logprob"))) for item in segments]
+    ghosts = [silence > GHOST_NO_SPEECH and certainty < GHOST_LOGPROB for silence, certainty in odds]
     spoken = [item for item, ghost in zip(segments, ghosts, strict=True) if not ghost]
     text = " ".join(_text(item.get("text")) for item in spoken) if any(ghosts) else _text(answer.get("text"))
     text = " ".join(text.split())  # whisper.cpp breaks its lines
@@ -2836,7 +2834,7 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
     starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
     heard = [w for w in map(_timed, entries) if w and w.start >= ends[bisect_right(starts, w.start)]]
-    timed = [Word(word.text, word.start + window.start, word.end + window.start) for word in heard]
+    timed = [Word(text, window.start + start, window.start + end) for text, start, end in heard]
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
     letters, lone = normal(text), False
     if PHANTOMS.fullmatch(letters):
@@ -2865,11 +2863,6 @@ def _text(found: object) -> str:
     return found.encode(errors="replace").decode() if isinstance(found, str) else ""
 
 
-def _is_ghost(segment: Mapping[str, Any]) -> bool:
-    silence, certainty = _number(segment.get("no_speech_prob")), _number(segment.get("avg_logprob"))
-    return silence > GHOST_NO_SPEECH and certainty < GHOST_LOGPROB
-
-
 def _timed(entry: object) -> Word | None:
     if not isinstance(entry, dict):
         return None
@@ -2891,18 +2884,15 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
         space = text.find(" ", letters[count - 1], behind) if 0 < count < len(letters) else -1
         end = behind if space < 0 else space  # a space belongs to the word behind it
         piece, begin = text[begin:end], end
-        if words and (not piece or _continues(piece)):
+        # whisper.cpp times tokens: this is the rest of a word; scripts without spaces stay in pieces
+        rest = not piece[:1].isspace() and (piece[:1] < "\u2e80" or not piece[:1].isalnum())
+        if words and rest:
             words[-1] = Word(words[-1].text + piece, words[-1].start, word.end)
         elif piece:
             words.append(Word(piece, word.start, word.end))
     if words:
         words[0] = words[0]._replace(text=" " + words[0].text)
     return words
-
-
-def _continues(piece: str) -> bool:
-    """Whether it is the rest of a word: whisper.cpp times tokens. Scripts without spaces stay in pieces."""
-    return bool(piece) and not piece[0].isspace() and (piece[0] < "\u2e80" or not piece[0].isalnum())
 
 
 def _spread(text: str, start: float, end: float) -> list[Word]:
@@ -2914,7 +2904,7 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
 
 def _is_loop(letters: str, words: int, speech: float) -> bool:
     """Whether a text is one syllable or two over and over, in a time in which nobody says so many."""
-    loop = LOOP.fullmatch(letters)
+    loop = re.fullmatch(r"(.{2,8}?)\1{3,}", letters)
     count = max(words, len(letters) // len(loop[1])) if loop else 0
     return bool(loop) and not LOOP_SLOWEST <= count / max(speech, PHANTOM_SECONDS) <= LOOP_RATE
 
