@@ -475,9 +475,8 @@ class Stream:
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
-LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds of silence that end a window, at first and in the end
+LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds that end a window, at first and in the end; no stop consonant's
 SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
-CLEAN_PAUSE = 0.1  # seconds; the closure of a stop consonant, inside a word, is shorter
 LIMIT_SECONDS = 15.0  # of a window
 QUIET_SECONDS = 0.16  # a forced cut goes through the quietest run of this length in the last third
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
@@ -659,8 +658,11 @@ class Segmenter:
                 if self.last < self.first + CLICK_SECONDS and now > self.last + SHORT_PAUSE:
                     self.first = now - frame.seconds  # what was before it was no speech
                 self.last = now
-            elif now - self.last >= SHORT_PAUSE:
-                windows += self._pause()
+            elif (quiet := now - self.last) >= SHORT_PAUSE:
+                end = self.last + min(TAIL_SECONDS, TAIL_SHARE * quiet)
+                end = max(end, self.start + MIN_POST_SECONDS)  # what is shorter is billed like this
+                if quiet >= required_pause(self.last - self.first) and end <= now:
+                    windows += self._close(end, clean=True)
             if self.open and now - self.start >= self.limit:
                 windows += self._too_long()
         self._sound = sound
@@ -673,7 +675,7 @@ class Segmenter:
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
         # what has only begun may become a word
-        nothing = not self.open or (self.quiet < CLEAN_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
+        nothing = not self.open or (self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
         return [] if nothing else self._close(self.now, clean=True)
 
     def peek(self) -> Window:
@@ -684,12 +686,6 @@ class Segmenter:
         """Let the open window begin later: what is before is final."""
         if self.open and seconds > self.start:
             self.start, self.first = seconds, max(seconds, self.first)
-
-    def _pause(self) -> list[Window]:
-        end = self.last + min(TAIL_SECONDS, TAIL_SHARE * self.quiet)
-        end = max(end, self.start + MIN_POST_SECONDS)  # what is shorter is billed like this
-        over = self.quiet >= required_pause(self.last - self.first) and end <= self.now
-        return self._close(end, self.quiet >= CLEAN_PAUSE) if over else []
 
     def _too_long(self) -> list[Window]:
         first = self._frames.index(self.now - self.limit / 3)
