@@ -510,12 +510,11 @@ class NoiseFloor:
             if SILENT_DB < level < self._faintest:
                 self._faintest = level
         self._seconds += seconds
-        if self._seconds >= FLOOR_BLOCK_SECONDS - 1e-9:
-            if self._quietest < math.inf:
-                self._count(max(self._quietest, self._faintest))
-            self._quietest, self._seconds = math.inf, 0.0
-
-    def _count(self, level: float) -> None:
+        if self._seconds < FLOOR_BLOCK_SECONDS - 1e-9:
+            return
+        level, self._quietest, self._seconds = max(self._quietest, self._faintest), math.inf, 0.0
+        if level == math.inf:
+            return
         self._blocks.append(level)
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
