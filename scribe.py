@@ -529,10 +529,9 @@ class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        offsets, sizes, ends, levels = columns or (array("Q"), array("Q"), array("d"), array("f"))
-        self.columns = (offsets, sizes, ends, levels)
-        self.offsets, self.sizes = offsets, sizes  # bytes of the stream
-        self.ends, self.levels = ends, levels  # seconds of the session's audio; dBFS
+        self.columns = list(columns or map(array, "QQdf"))
+        # bytes of the stream; where they end, in seconds of the session's audio; dBFS
+        self.offsets, self.sizes, self.ends, self.levels = self.columns
 
     def append(self, frame: Frame, end: float) -> None:
         """Add a frame which ends at a time in seconds."""
