@@ -597,9 +597,8 @@ class Window:
     def trimmed(self, first: float, last: float) -> Window:
         """Without what is silent: speech begins and ends so many seconds behind its start, or never."""
         start = min(self.end, max(self.start, self.start + first - PRE_ROLL_SECONDS))
-        end = min(self.end, self.start + last + TAIL_SECONDS) if self.clean else self.end
-        end, window = max(start, end), self.since(start)
-        return dataclasses.replace(window, end=end, frames=self.frames.between(-1.0, end))
+        end = max(start, min(self.end, self.start + last + TAIL_SECONDS)) if self.clean else self.end
+        return dataclasses.replace(self.since(start), end=end, frames=self.frames.between(-1.0, end))
 
     def joined(self, behind: Window) -> Window:
         """This window and the one behind it as one."""
