@@ -150,9 +150,8 @@ class Settings:
                 continue
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if item.default is False else {}
             parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
-        names = [item.name for item in dataclasses.fields(cls)]
-        texts = {name: environment.get(name.upper(), "").strip() for name in names}
-        texts |= {name: text for name, text in vars(parser.parse_args(arguments)).items() if text}
+        flags, names = vars(parser.parse_args(arguments)), [item.name for item in dataclasses.fields(cls)]
+        texts = {name: flags.get(name) or environment.get(name.upper(), "").strip() for name in names}
         settings = read_values(cls, {name: text for name, text in texts.items() if text}, str.upper)
         hosted = settings.openai_base_url == OPENAI_URL and not settings.endpoint_url
         if hosted and not (settings.offline or settings.openai_api_key):
