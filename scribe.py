@@ -197,14 +197,14 @@ def read_values(cls: type[T], given: Mapping[str, str], shown: Callable[[str], s
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if item.name not in given:
             continue
-        text, valid = given[item.name], item.metadata["valid"]
+        text = given[item.name]
         kind: Callable[[str], Any] = type(item.default)
         try:
             values[item.name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            wanted = _wanted(values[item.name], item.metadata["valid"])
         except (KeyError, ValueError):
             wanted = "true or false" if kind is bool else "a number"
-            raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}") from None
-        if wanted := _wanted(values[item.name], valid):
+        if wanted:
             raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}")
     return cls(**values)
 
