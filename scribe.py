@@ -2771,15 +2771,13 @@ class Language:
 
     def __init__(self) -> None:
         self.settled = ""  # the code; short windows are posted with it
-        self._rival = ""  # the last long window had this one
+        self._last = ""  # that of the last long window
 
     def hear(self, language: str, seconds: float) -> None:
         """Take up what a window with so much speech was in. One long window is not enough for a change."""
-        if not language or seconds < DECIDING_SECONDS:
-            return
-        if not self.settled or language == self._rival:
-            self.settled = language
-        self._rival = language if language != self.settled else ""
+        if language and seconds >= DECIDING_SECONDS:
+            self.settled = language if language == self._last else self.settled or language
+            self._last = language
 
 
 def read_response(response: httpx.Response) -> dict[str, Any]:
