@@ -837,12 +837,10 @@ class Transcript:
 
     def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Step | None, list[Word]]:
         """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
-        words, before, self.timed = self._fresh(hypothesis, window), self._previous, hypothesis.timed
-        count = 0
-        if hypothesis.timed:
-            texts = [normal(word.text) for word in words if word.end <= window.end - EDGE_SECONDS]
-            pairs = zip(texts, (normal(word.text) for word in before), strict=False)
-            count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        words, self.timed = self._fresh(hypothesis, window), hypothesis.timed
+        whole = [word for word in words if self.timed and word.end <= window.end - EDGE_SECONDS]
+        texts = [[normal(word.text) for word in some] for some in (whole, self._previous)]
+        count = sum(takewhile(bool, map(operator.eq, *texts)))
         agreed, self._previous = words[:count], words[count:]
         if not agreed:
             return None, words
