@@ -381,26 +381,23 @@ class Stream:
     """A session's stream in its format: the declared one, or the one that its first bytes tell."""
 
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
+        # as long as the stream does not tell its format, a bare one holds it
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)
         self.offset, self._cost = 0, 0.0  # bytes that were fed; seconds of CPU
         self.ended = self._failed = False  # failed: it was told
-        self._head = b"" if name == "auto" else None  # the stream as long as it does not tell its format
         self._limit = limit  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are now whole; if the format has paused, the next need no more data."""
         self.offset += len(data)
-        if self._head is not None and not self.format.error:
-            self._head += data
+        frames = self.format.feed(data)
+        if type(self.format) is Format and not self.format.error:
+            head = bytes(self.format.buffer)
             try:
-                found = recognise(self._head[:LARGEST_HEAD], self._limit)
+                if found := recognise(head[:LARGEST_HEAD], self._limit):
+                    self.format, frames = found, found.feed(head)
             except FormatError as error:
                 self.format.error = error
-                return []
-            if not found:
-                return []
-            data, self.format, self._head = self._head, found, None
-        frames = self.format.feed(data)
         if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
             self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
         return frames
@@ -429,9 +426,9 @@ class Stream:
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
         self.ended = True
-        if self._head and not self.format.error:
-            what = f"{len(self._head)} bytes do not tell what format they are. {ACCEPTED}."
-            self.format.error = FormatError(what)
+        size = len(self.format.buffer) if type(self.format) is Format else 0
+        if size and not self.format.error:
+            self.format.error = FormatError(f"{size} bytes do not tell what format they are. {ACCEPTED}.")
         return self.format.end()
 
     def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
@@ -444,7 +441,7 @@ class Stream:
             if self.format.error or (self.offset == before and not paused):
                 raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
             yield
-            if self._head is None and self.offset < mark.origin:
+            if type(self.format) is not Format and self.offset < mark.origin:
                 self.offset = mark.origin
                 self.format.jump(mark.origin)
         self.offset = mark.place
