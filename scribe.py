@@ -568,8 +568,7 @@ class Window:
     def bytes(self) -> int:
         """Of the stream, from its first frame to its last."""
         frames, first = self.frames, self.frames.index(self.start)
-        whole = first < len(frames.ends)
-        return frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if whole else 0
+        return frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if frames.ends[first:] else 0
 
     def parts(self, most: int) -> Iterator[Window]:
         """This window in pieces of so many bytes of the stream at most, or of one frame."""
