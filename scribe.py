@@ -2652,7 +2652,7 @@ class Sweep:
 
     async def _take_up(self, name: str, left: bool) -> None:
         try:
-            left, session = left and name not in self._sessions, self._find(name)
+            session = self._find(name)
             if left and session.recording.touched <= time.time() - self._grace:  # else another had it
                 await session.abandon()
         except SpoolError as error:  # of another server, or told of already
