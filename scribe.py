@@ -70,7 +70,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise, takewhile
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx
@@ -79,7 +79,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 log = logging.getLogger("scribe")
-T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings, by which the operator decides, and options, by which a client does: two frozen dataclasses, read
@@ -152,7 +151,7 @@ class Settings:
             parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
         flags, names = vars(parser.parse_args(arguments)), [item.name for item in dataclasses.fields(cls)]
         texts = {name: flags.get(name) or environment.get(name.upper(), "").strip() for name in names}
-        settings = read_values(cls, {name: text for name, text in texts.items() if text}, str.upper)
+        settings = cls(**read_values(cls, {name: text for name, text in texts.items() if text}, str.upper))
         hosted = settings.openai_base_url == OPENAI_URL and not settings.endpoint_url
         if hosted and not (settings.offline or settings.openai_api_key):
             ways = "set OPENAI_API_KEY, point OPENAI_BASE_URL or ENDPOINT_URL at your own, or try --offline"
@@ -188,15 +187,13 @@ class Options:
                 raise ValueRefused(f"{name[:40]!r} {why}")
         if "after" in dict(given) and "session" not in dict(given):
             raise ValueRefused("after: goes with session")
-        return read_values(cls, dict(given), str)
+        return cls(**read_values(cls, dict(given), str))
 
 
-def read_values(cls: type[T], given: Mapping[str, str], shown: Callable[[str], str]) -> T:
-    """An object of a dataclass from texts by field name. Raises ValueRefused with the name as it is shown."""
+def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]) -> dict[str, Any]:
+    """The values of fields from texts by name. Raises ValueRefused with the name as it is shown."""
     values = {}
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if item.name not in given:
-            continue
+    for item in (item for item in dataclasses.fields(cls) if item.name in given):
         text = given[item.name]
         kind: Callable[[str], Any] = type(item.default)
         try:
@@ -206,7 +203,7 @@ def read_values(cls: type[T], given: Mapping[str, str], shown: Callable[[str], s
             wanted = "true or false" if kind is bool else "a number"
         if wanted:
             raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}")
-    return cls(**values)
+    return values
 
 
 def _wanted(found: Any, valid: Any) -> str:
