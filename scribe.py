@@ -775,8 +775,7 @@ def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
             ends.append(max(match, above[index + 1] - 1))
             row.append(max(ends[index], row[index] - 1))
     worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
-    best = max(worth, default=0.0)
-    if best > 0:
+    if (best := max(worth, default=0.0)) > 0:
         return worth.index(best) + 1
     return sum(word.start + word.end < 2 * tail[-1].end for word in words)
 
