@@ -430,9 +430,7 @@ class Stream:
 
     def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
         """Be, step by step, as if all before a mark had been fed: beginnings are read. Raises FormatError."""
-        if not mark.place:
-            return
-        while self.format.origin < mark.origin or self.format.place() is None:
+        while mark.place and (self.format.origin < mark.origin or self.format.place() is None):
             before, paused = self.offset, self.format.paused
             self.read_on(read, mark.place)
             if self.format.error or (self.offset == before and not paused):
