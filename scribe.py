@@ -665,10 +665,6 @@ class Segmenter:
         nothing = not self.open or (self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
         return [] if nothing else self._close(self.now, clean=True)
 
-    def peek(self) -> Window:
-        """The open window as it stands."""
-        return self._window(self.now, clean=False)
-
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""
         if self.open and seconds > self.start:
@@ -684,7 +680,7 @@ class Segmenter:
         return self._close(ends[quietest + (width - 1) // 2], clean=single)
 
     def _close(self, end: float, clean: bool) -> list[Window]:
-        window = self._window(end, clean)
+        window = self.peek(end, clean)
         wanted = window.speech >= MIN_SPEECH_SECONDS or not self._clean
         self._cut, self._clean, self._said = window.end, clean or not wanted, wanted
         # speech behind the cut opens the next window; so does an unclean cut, which may leave it a word
@@ -692,7 +688,8 @@ class Segmenter:
         self.start, self.first, self.last = self._cut, self._cut, max(self._cut, self.last)
         return [window] if wanted else []
 
-    def _window(self, end: float, clean: bool) -> Window:
+    def peek(self, end: float = math.inf, clean: bool = False) -> Window:
+        """The open window as it stands, or up to a time."""
         frames = self._frames.between(self.start - LOOKBACK_SECONDS, end)
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
