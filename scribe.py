@@ -1471,13 +1471,12 @@ class Client:
     def say(self, notice: Message) -> None:
         """Send what is not in the journal."""
         self._errors += notice["type"] == "error"
-        if self._errors < ERRORS:
-            self.notices.append(notice)
-            self._wake.set()
-            return
-        text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
-        self.notices.clear()
-        self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
+        self.notices.append(notice)
+        self._wake.set()
+        if self._errors >= ERRORS:
+            text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
+            self.notices.clear()
+            self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
 
     def show(self, interim: Message | None = None) -> None:
         """Send an interim; without one, what is new in the journal: an interim that waits is older."""
@@ -2416,8 +2415,7 @@ class Door:
         self._open += 1
         self._unasked[connection] = None
         if len(self._unasked) > self._handshakes:
-            oldest, _ = self._unasked.popitem(last=False)
-            oldest.transport.abort()
+            self._unasked.popitem(last=False)[0].transport.abort()
 
     def queue(self, connection: Connection) -> None:
         """Let a connection take what it has received when it is its turn."""
@@ -2852,8 +2850,7 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
     counts = list(accumulate(sum(map(str.isalnum, word.text)) for word in timed))
     if not letters or normal(spelled(timed)) != normal(text) or counts[-1] != len(letters):
         return [Word(" " + word.text.strip(), word.start, word.end) for word in timed]
-    words: list[Word] = []
-    begin = 0
+    words, begin = list[Word](), 0
     for word, count in zip(timed, counts, strict=True):
         behind = letters[count] if count < len(letters) else len(text)
         space = text.find(" ", letters[count - 1], behind) if 0 < count < len(letters) else -1
