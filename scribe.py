@@ -19,9 +19,8 @@ The path of the audio, from here to `main`:
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
-Behind it, each readable alone: who is let in; what is left to do when a session is over; sessions that nobody
-works on; when interim text is asked for; what answers look like, without ghosts; Opus with Ogg and WebM; MP3;
-MP4; what is held until the end; recognising a stream; the bucket; offline recognition.
+Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; interim
+text; answers without ghosts; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -223,10 +222,9 @@ def _wanted(found: Any, valid: Any) -> str:
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
 # cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
 # Reading pauses after some work, however much was fed, so that no stream holds up the others; one that costs
-# far more to read than audio does, or claims far more audio than its bytes can hold, is an error.
-#
-# Reading can also begin in mid-stream, at a `place`: what must be known of all that came before it stands
-# between `origin` and the first frame from there on. So a long stream is read back without its middle.
+# far more to read than audio does, or claims far more audio than its bytes can hold, is an error. It can also
+# begin in mid-stream, at a `place`: what must be known of all that came before it stands between `origin` and
+# the first frame from there on. So a long stream is read back without its middle.
 # ------------------------------------------------------------------------------------------------------------
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
@@ -460,8 +458,7 @@ class Stream:
 # pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
 # window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
 # ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
-# cut, the window is not `clean`. Windows are in order and disjoint: they never add up to more than the
-# stream. Each carries some frames in front of its start.
+# cut, the window is not `clean`. Windows are in order and disjoint, and so never more than the stream.
 # ------------------------------------------------------------------------------------------------------------
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
