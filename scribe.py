@@ -304,66 +304,6 @@ class Format:
         return data
 
 
-# ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
-
-FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
-LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
-ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
-
-
-class Pcm(Format):
-    """Raw samples of a declared encoding."""
-
-    name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
-
-    def __init__(self, encoding: str, rate: int, channels: int) -> None:
-        super().__init__()
-        self._first_sample, self._end = 0, ENDLESS  # where the samples begin and end
-        self._declare(ENCODINGS[encoding], rate, channels)
-
-    def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
-        self.encoding, self.rate, self.channels = encoding, rate, channels
-        self.posted_rate, self.slow = 2 * rate * channels, encoding.tag == 3
-        self.block = encoding.size * channels  # bytes of one sample of every channel
-        self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
-        # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
-        samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
-        self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
-
-    def parse(self) -> list[Frame]:
-        return self._read() if len(self.buffer) >= min(self._unit, self._end - self.offset) else []
-
-    def end(self) -> list[Frame]:
-        return self._read()
-
-    def _read(self) -> list[Frame]:
-        """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
-        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
-        unit = max(self.block, min(self._unit, ready - ready % self.block))
-        data = self.drop(ready - ready % unit)
-        count = -(-unit // self.encoding.size // self._nth)
-        seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
-        for heard in self.encoding.listen(data, self._nth, count):
-            sound = math.hypot(*heard) / full
-            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
-            at += unit
-        return frames
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
-        samples = bytes(self.encoding.decode(b"".join(frames[lead:])))
-        samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
-        return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
-
-    def stored(self, size: int) -> tuple[bytes, int, int]:
-        """A WAV in the stream's own encoding: the samples as received under a correct header."""
-        size = min(self.offset, self._end) - self._first_sample
-        return wav_header(self.encoding, self.rate, self.channels, size), self._first_sample, size
-
-
-# ---- The stream of a session
-
-
 class Mark(NamedTuple):
     """Where reading may begin again: what is found from `place` on begins at `seconds`."""
 
@@ -448,6 +388,63 @@ class Stream:
         if self.format.error and not self._failed:
             self._failed = True
             yield "format", str(self.format.error)
+
+
+# ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
+
+FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
+LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
+ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
+
+
+class Pcm(Format):
+    """Raw samples of a declared encoding."""
+
+    name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
+
+    def __init__(self, encoding: str, rate: int, channels: int) -> None:
+        super().__init__()
+        self._first_sample, self._end = 0, ENDLESS  # where the samples begin and end
+        self._declare(ENCODINGS[encoding], rate, channels)
+
+    def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
+        self.encoding, self.rate, self.channels = encoding, rate, channels
+        self.posted_rate, self.slow = 2 * rate * channels, encoding.tag == 3
+        self.block = encoding.size * channels  # bytes of one sample of every channel
+        self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
+        # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
+        samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
+        self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
+
+    def parse(self) -> list[Frame]:
+        return self._read() if len(self.buffer) >= min(self._unit, self._end - self.offset) else []
+
+    def end(self) -> list[Frame]:
+        return self._read()
+
+    def _read(self) -> list[Frame]:
+        """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
+        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
+        unit = max(self.block, min(self._unit, ready - ready % self.block))
+        data = self.drop(ready - ready % unit)
+        count = -(-unit // self.encoding.size // self._nth)
+        seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
+        for heard in self.encoding.listen(data, self._nth, count):
+            sound = math.hypot(*heard) / full
+            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
+            at += unit
+        return frames
+
+    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
+        """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
+        samples = bytes(self.encoding.decode(b"".join(frames[lead:])))
+        samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
+        return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
+
+    def stored(self, size: int) -> tuple[bytes, int, int]:
+        """A WAV in the stream's own encoding: the samples as received under a correct header."""
+        size = min(self.offset, self._end) - self._first_sample
+        return wav_header(self.encoding, self.rate, self.channels, size), self._first_sample, size
 
 
 # ------------------------------------------------------------------------------------------------------------
