@@ -2324,10 +2324,9 @@ class Refusal(Exception):
 class Connection(ServerConnection):
     """A connection, counted at the door, with what its handshake has settled."""
 
-    options: Options
-
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self.options: Options
         self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
         self._untaken, self._cut = bytearray(), False  # what came and is not read yet; the end came behind it
 
