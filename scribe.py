@@ -2297,15 +2297,6 @@ TAKEN_BYTES, TAKEN_SECONDS = 1 << 11, 0.005  # at a time, 350 frames at most; un
 UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
-def descriptors() -> int:
-    """How many this process may have, the soft limit raised to the hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
 class Refusal(Exception):
     """A handshake's answer that is no connection."""
 
@@ -2394,7 +2385,11 @@ class Door:
         self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
         self.much, self.little = Turn(), Turn()  # in which they take it; in which little is taken at once
-        whole = descriptors()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+        with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        whole, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = (whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes) // 2  # a client, a file
         self.room = max(LEAST_ROOM, min(left, FINISHING * settings.max_sessions + SWEPT))  # for sessions
