@@ -216,7 +216,6 @@ def _wanted(found: Any, valid: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------------------
 # Formats: bytes in, frames out; frames in, files out.
-#
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
@@ -449,7 +448,6 @@ class Pcm(Format):
 
 # ------------------------------------------------------------------------------------------------------------
 # Segmenter: frames in, windows out.
-#
 # Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
 # which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
 # pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
@@ -469,7 +467,6 @@ CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches fou
 CLEAR_DB, SYLLABLES_SECONDS = 10.0, 0.17  # nor are two that are so much louder: two clicks touch eight frames
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
 FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
-
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
 SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
@@ -698,7 +695,6 @@ class Segmenter:
 
 # ------------------------------------------------------------------------------------------------------------
 # Transcript: hypotheses in, final and interim text out.
-#
 # A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
 # overlaps what is final already, the words said before are found by aligning the texts; word times are off by
 # 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
@@ -1156,7 +1152,6 @@ class Budget:
 
 # ------------------------------------------------------------------------------------------------------------
 # Spool: the truth about every session, in two files.
-#
 # `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
 # line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
 # they are written. Windows are read back from the audio, so a session needs little memory however long it is;
@@ -1420,7 +1415,6 @@ class State:
 
 # ------------------------------------------------------------------------------------------------------------
 # Client: what one connection is told, by one writer.
-#
 # What the journal has for a client is read from there when the connection takes it, so nothing piles up for
 # one that reads slowly, and one that comes back is told from where it stopped. Beside it there are notices, a
 # few, and the newest interim, which is behind all else.
@@ -2282,7 +2276,6 @@ def main() -> int:
 
 # ------------------------------------------------------------------------------------------------------------
 # Door: who is let in.
-#
 # A handshake is refused as plain HTTP. A page that the operator visits can reach a server on his machine, but
 # not hide where it comes from: those of the server's own host are let in, and of ALLOWED_ORIGINS. Connections
 # hold a descriptor each, and so may their sessions: of those that were not let in yet the oldest gives way.
@@ -2564,7 +2557,6 @@ class Ending:
 
 # ------------------------------------------------------------------------------------------------------------
 # Sweep: sessions that nobody works on.
-#
 # Those that a client has left are finished when their grace time is over, whichever server began them. Before
 # them come those that wait for the bucket or have failed, each ever later; a few run at a time. What cannot
 # be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
@@ -2640,7 +2632,6 @@ class Sweep:
 
 # ------------------------------------------------------------------------------------------------------------
 # Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
-#
 # A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
 # the window is, and at a pause that may end the window: then its answer may be the final.
 # ------------------------------------------------------------------------------------------------------------
@@ -2699,7 +2690,6 @@ class Interims:
 
 # ------------------------------------------------------------------------------------------------------------
 # Answers: what an endpoint says of a window, as words, without what nobody said; or why there are none.
-#
 # Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
 # words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
 # phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
