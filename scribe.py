@@ -1422,8 +1422,7 @@ class State:
 
 ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
 SEND_SECONDS = 20.0  # for a client to take a message
-# Of RFC 6455, 7.4.1, and of IANA's registry for it.
-CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012
+CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # of IANA
 
 
 def status_message(status: str, message: str, **more: Any) -> Message:
