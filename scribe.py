@@ -605,8 +605,7 @@ class Segmenter:
     """Cuts frames, from `now` seconds on, into windows, from `settled` seconds on."""
 
     def __init__(self, settled: float = 0.0, now: float = 0.0) -> None:
-        self.now = now  # seconds of audio heard
-        self.open = False
+        self.now, self.open = now, False  # seconds of audio heard; whether there is a window
         self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
@@ -2645,8 +2644,7 @@ class Interims:
     """The requests for interim text of one session; one is in flight at most."""
 
     def __init__(self, seconds: float) -> None:
-        self.asking = False  # one is in flight
-        self.paused = False  # the client was told that there are none for now
+        self.asking = self.paused = False  # one is in flight; the client was told that there are none for now
         self._seconds = seconds  # INTERIM_SECONDS
         self._asked = 0.0  # the end of the last one, seconds of audio
         self._latest: Pending | None = None  # the last one of the open window
