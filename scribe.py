@@ -221,9 +221,9 @@ def _wanted(found: Any, valid: Any) -> str:
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
 # cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
 # Reading pauses after some work, however much was fed, so that no stream holds up the others; one that costs
-# far more to read than audio does, or claims far more audio than its bytes can hold, is an error. It can also
-# begin in mid-stream, at a `place`: what must be known of all that came before it stands between `origin` and
-# the first frame from there on. So a long stream is read back without its middle.
+# far more to read than audio does, or claims far more audio than its bytes can hold, is an error. Reading can
+# also begin in mid-stream, at a `place`: what must be known of all that came before stands between `origin`
+# and the first frame from there on. So a long stream is read back without its middle.
 # ------------------------------------------------------------------------------------------------------------
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
@@ -458,7 +458,7 @@ class Pcm(Format):
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
-LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds that end a window, at first and in the end; no stop consonant's
+LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds, at first and in the end; in a stop consonant there are fewer
 SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
 LIMIT_SECONDS, QUIET_SECONDS = 15.0, 0.16  # of a window; of the run in its last third that a forced cut takes
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
