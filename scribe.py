@@ -2645,8 +2645,7 @@ class Interims:
 
     def __init__(self, seconds: float) -> None:
         self.asking = self.paused = False  # one is in flight; the client was told that there are none for now
-        self._seconds = seconds  # INTERIM_SECONDS
-        self._asked = 0.0  # the end of the last one, seconds of audio
+        self._seconds, self._asked = seconds, 0.0  # INTERIM_SECONDS; the end of the last one, in the audio
         self._latest: Pending | None = None  # the last one of the open window
         self._shown: Pending | None = None  # the last one whose text was taken
 
