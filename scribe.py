@@ -3801,8 +3801,7 @@ class Archive:
         if size > PART_BYTES:
             await self._store_parts(target, upload)
         else:
-            piece = next(upload.pieces())
-            await self._client.put_object(**target, Body=piece, ContentType=upload.media_type)
+            await self._client.put_object(**target, Body=next(upload.pieces()), ContentType=upload.media_type)
         try:  # look before the only other copy is deleted: a proxy's page has status 200 too
             found = await self._client.head_object(**target)
             if found.get("ContentLength", size) != size:
