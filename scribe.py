@@ -3608,11 +3608,10 @@ class FragmentedMP4(Parser):
     def _duration(self, moof: bytes) -> float:
         """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
         tfhd = moof.partition(b"tfhd")[2]
-        flags, usual, ticks = mp4_integer(tfhd, 1, 3), self.usual, 0
+        flags, ticks = mp4_integer(tfhd, 1, 3), 0
+        usual = mp4_integer(tfhd, 8 + 2 * (flags & 2)) if flags & 8 else self.usual
         if flags & 1:
             raise FormatError(f"Byte {self._element}: fragments at absolute offsets cannot be cut. {CONVERT}")
-        if flags & 8:
-            usual = mp4_integer(tfhd, 8 + 2 * (flags & 2))
         for trun in moof.split(b"trun")[1:]:
             flags, count = mp4_integer(trun, 1, 3), mp4_integer(trun, 4)
             if flags & 0x100:
