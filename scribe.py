@@ -3262,12 +3262,11 @@ class Opus(Parser):
 
     def packet(self, packet: bytes, offset: int, size: int) -> None:
         """Take a packet that lies at `offset` of the stream, in `size` bytes."""
-        frames = opus_frames(packet) if packet and size < LARGEST_PACKET else []
-        if not frames:
+        if frames := opus_frames(packet) if packet and size < LARGEST_PACKET else []:
+            level = math.nan if self.head[18] else self.level(packet[0], frames)  # several streams in one
+            self.found.append(Frame(offset, size, len(frames) * OPUS_SAMPLES[packet[0] >> 3] / 48000, level))
+        else:
             self.warn(f"Bytes {offset} to {offset + size - 1} were skipped: they are no packet of Opus.")
-            return
-        level = math.nan if self.head[18] else self.level(packet[0], frames)  # several streams in one
-        self.found.append(Frame(offset, size, len(frames) * OPUS_SAMPLES[packet[0] >> 3] / 48000, level))
 
     def level(self, toc: int, frames: list[bytes]) -> float:
         """Mean loudness of a packet's frames in dBFS; NaN for CELT frames that are shorter than 20 ms."""
