@@ -3638,8 +3638,7 @@ class FragmentedMP4(Parser):
 
 # ---- Held: what cannot be cut is posted whole at the end ----
 
-HELD_BITRATE = 64_000  # bits per second, a guess for streams that do not say how long they are
-# How they do: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
+# How long a stream is: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
 HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
@@ -3666,7 +3665,7 @@ class Held(Parser):
 
     def end(self) -> list[Frame]:
         size = self.offset + len(self.buffer)
-        guess, claim = size * 8 / HELD_BITRATE, self.ticks / self.clock if self.clock else 0.0
+        guess, claim = size * 8 / 64_000, self.ticks / self.clock if self.clock else 0.0  # at 64 kbit/s
         seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
         return [Frame(0, size, seconds)] if size and not self.error else []
 
@@ -3715,11 +3714,8 @@ def recognise(head: bytes, limit: int) -> Format | None:
 # ------------------------------------------------------------------------------------------------------------
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
-UPLOADS = 4  # at once
-CHECK_SECONDS = 5.0  # for the bucket to answer at start
 QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
 STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
-SEGMENTS_AT_ONCE = 256  # of a transcript that are written in one turn of the loop: some ms
 
 
 class ArchiveError(Exception):
@@ -3750,7 +3746,7 @@ class Archive:
 
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
-        self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(UPLOADS)
+        self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(4)  # at once
         self._failing = False  # as far as the last attempt tells: then nobody waits for a place
         self._client: Any = None
 
@@ -3768,7 +3764,7 @@ class Archive:
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
         try:
-            async with asyncio.timeout(CHECK_SECONDS):
+            async with asyncio.timeout(5.0):
                 await self._client.head_bucket(Bucket=self._bucket)
         except Exception as error:
             log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)
@@ -3881,7 +3877,7 @@ class Deposit:
         about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
         for number, segment in enumerate(await session.recording.segments()):
             lines.append(json.dumps(segment, ensure_ascii=False))
-            if number % SEGMENTS_AT_ONCE == 0:
+            if number % 256 == 0:  # which take some ms
                 await asyncio.sleep(0)
         text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'
         return Upload(self._key(name), "application/json", text.encode(), 0, 0, session.recording)
