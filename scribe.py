@@ -3924,7 +3924,6 @@ def _resampled(wav: bytes) -> array[int]:
 # ---- Offline recognition ----
 
 SPHINX_FRAMES = 100  # a second, of its model
-_sphinx: Any = None  # the worker's decoder: loading the model takes longer than using it
 
 
 class Sphinx:
@@ -3934,7 +3933,7 @@ class Sphinx:
         if importlib.util.find_spec("pocketsphinx") is None:
             raise ValueRefused("--offline needs PocketSphinx: pip install pocketsphinx")
         context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
-        self._pool = ProcessPoolExecutor(1, context, _sphinx_start)
+        self._pool = ProcessPoolExecutor(1, context, _sphinx)
 
     async def close(self) -> None:
         """End the worker."""
@@ -3951,29 +3950,26 @@ class Sphinx:
         return {"text": " ".join(word["word"] for word in words), "words": words}
 
 
-def _sphinx_start() -> None:
-    """Load the model in the worker, which leaves Ctrl-C to the server and dies with it."""
-    global _sphinx
+@functools.cache
+def _sphinx() -> Any:
+    """The decoder, loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_sphinx_end, daemon=True).start()
-    import pocketsphinx
-
-    _sphinx = pocketsphinx.Decoder(samprate=HEARING_RATE, loglevel="FATAL")
+    return importlib.import_module("pocketsphinx").Decoder(samprate=HEARING_RATE, loglevel="FATAL")
 
 
 def _sphinx_end() -> None:
-    server = multiprocessing.parent_process()
-    if server:
+    if server := multiprocessing.parent_process():
         server.join()
         os._exit(0)
 
 
 def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
     """The words of one of our WAVs."""
-    _sphinx.start_utt()
-    _sphinx.process_raw(_resampled(wav).tobytes(), full_utt=True)
-    _sphinx.end_utt()
-    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx.seg()]
+    _sphinx().start_utt()
+    _sphinx().process_raw(_resampled(wav).tobytes(), full_utt=True)
+    _sphinx().end_utt()
+    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx().seg()]
     spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
     return [{"word": w, "start": a / SPHINX_FRAMES, "end": b / SPHINX_FRAMES} for w, a, b in spoken]
 
