@@ -1,8 +1,8 @@
 """The instruments, the tests and the benchmarks of scribe.
 
-All is synthetic, seeded and on loopback: speech whose words can be told from any piece of it, a Whisper
-endpoint that hears them, servers that can be killed and cut off, a client that remembers what it was told,
-and a clock that does not wait.
+All but one benchmark is synthetic, seeded and on loopback: speech whose words can be told from any piece of
+it, a Whisper endpoint that hears them, servers that can be killed and cut off, a client that remembers what
+it was told, and a clock that does not wait.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import wave
 from bisect import bisect_left, bisect_right
 from collections.abc import (
@@ -5883,15 +5884,18 @@ class Run:
 
     def row(self) -> str:
         """Its line in the table."""
-        first, final = (
-            f"{np.median(delays):.2f} / {np.quantile(delays, 0.95):.1f}" for delays in self.delays()
-        )
+        first, final = map(spread, self.delays())
         heard = [word for shown in self.shown if shown.final for word in shown.words]
         damage = compare(self.speech.texts, heard)
         wrong = " / ".join(f"{100 * len(kind) / len(self.speech.words):.1f}" for kind in damage)
         minutes = self.speech.seconds / 60
         posted = self.posted / self.speech.seconds
         return f"| {self.name} | {posted:.2f} | {self.requests / minutes:.0f} | {first} | {final} | {wrong} |"
+
+
+def spread(delays: Sequence[float]) -> str:
+    """Median and 95 %."""
+    return f"{np.median(delays):.2f} / {np.quantile(delays, 0.95):.1f}" if delays else "none"
 
 
 def _matched(spoken: Sequence[str], shown: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -5901,15 +5905,21 @@ def _matched(spoken: Sequence[str], shown: Sequence[str]) -> Iterator[tuple[int,
         yield from zip(range(first, first + size), range(second, second + size), strict=True)
 
 
+def texts_of(result: Result) -> Iterator[tuple[Message, float]]:
+    """Interims and finals, and when they came, in seconds since the speech began."""
+    began = result.sent[0][0] - result.sent[0][1] / BYTES_A_SECOND
+    for message, when in zip(result.messages, result.times, strict=True):
+        if message["type"] in ("interim", "transcription"):
+            yield message, when - began
+
+
 def scribe_does(name: str, speech: Speech, spool: Path, options: Message, **backend: Any) -> Run:
     """scribe itself: server, wire and endpoint."""
     endpoint = Endpoint(*ROUND_TRIP, ghosts=False, **backend)
     result = transcribed(endpoint, speech, spool, options)
-    began = result.sent[0][0] - result.sent[0][1] / BYTES_A_SECOND
     shown = [
-        Shown(when - began, message["start"], words_of(message["text"]), message["type"] == "transcription")
-        for message, when in zip(result.messages, result.times, strict=True)
-        if message["type"] in ("interim", "transcription")
+        Shown(when, message["start"], words_of(message["text"]), message["type"] == "transcription")
+        for message, when in texts_of(result)
     ]
     assert result.complete
     usage = result.complete["usage"]
@@ -6014,6 +6024,180 @@ def test_bench_scheduler(known: int, dead: bool, tmp_path: Path) -> None:
     assert_all_said(speeches, results)
     assert share_of_429(endpoint) <= 0.05
     assert interims[-1] <= 5 or interims[0] >= 0.5 * interims[-1], interims
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Benchmark with people and a real Whisper, in real time
+#
+# The recordings of a language, one behind the other with a faint noise between them, as one speaker's stream;
+# and beside it the same model on each of them by itself, which is what perfect cuts would give, and on all of
+# it at once. What counts as a word is what people wrote down, in small letters and without punctuation.
+
+WHISPER_MODEL, WHISPER_BEAM = os.environ.get("WHISPER_MODEL", "base"), 5
+WHISPER_PYTHON = os.environ.get("WHISPER_PYTHON", sys.executable)
+BETWEEN_SECONDS, BETWEEN_LEVEL = (0.4, 1.6), 6  # of the noise; its standard deviation, of 32768
+REAL_WHISPER = """
+import io, json, sys
+from faster_whisper import WhisperModel
+model = WhisperModel(sys.argv[1], device="cpu", compute_type="int8", cpu_threads=2)
+while head := sys.stdin.buffer.readline():
+    size, options = json.loads(head)
+    heard, about = model.transcribe(io.BytesIO(sys.stdin.buffer.read(size)), **options)
+    heard, facts = list(heard), ("start", "end", "text", "avg_logprob", "no_speech_prob")
+    answer = {"language": about.language, "duration": about.duration, "text": "".join(s.text for s in heard)}
+    answer["segments"] = [{fact: getattr(segment, fact) for fact in facts} for segment in heard]
+    words = [word for segment in heard for word in segment.words or ()]
+    if words:
+        answer["words"] = [{"word": w.word.strip(), "start": w.start, "end": w.end} for w in words]
+    print(json.dumps(answer, default=float), flush=True)
+"""
+
+
+class RealWhisper(Endpoint):
+    """`with RealWhisper(model) as whisper`: a process; in `async with whisper` it is an endpoint too."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__()
+        self.took: list[float] = []  # seconds, of each request
+        self._free = threading.Lock()  # it hears one at a time
+        pipe, command = subprocess.PIPE, (WHISPER_PYTHON, "-c", REAL_WHISPER, str(model))
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def hear(self, audio: bytes, **options: object) -> Message:
+        """The answer's JSON; a request that nobody waits for any more is heard to its end all the same."""
+        assert self._process.stdin and self._process.stdout
+        head = json.dumps([len(audio), {"beam_size": WHISPER_BEAM, **options}])
+        with self._free:
+            began = time.monotonic()
+            self._process.stdin.write(head.encode() + b"\n" + audio)
+            self._process.stdin.flush()
+            answer: Message = json.loads(self._process.stdout.readline())
+            self.took.append(time.monotonic() - began)
+        return answer
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        form = await request.post()
+        file = form["file"]
+        assert isinstance(file, web.FileField)
+        with file.file as content:
+            audio = content.read()
+        options = {"language": form.get("language"), "initial_prompt": form.get("prompt")}
+        timed = "word" in form.getall("timestamp_granularities[]", ())
+        return web.json_response(await asyncio.to_thread(self.hear, audio, word_timestamps=timed, **options))
+
+
+def plain(text: str) -> list[str]:
+    """The words of a text in any language, however they are written."""
+    return re.findall(r"[\w']+", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+
+
+def word_errors(spoken: Sequence[str], heard: Sequence[str]) -> int:
+    """Words that are wrong, missing or too many: the Levenshtein distance."""
+    row = list(range(len(heard) + 1))
+    for n, word in enumerate(spoken, 1):
+        diagonal, row[0] = row[0], n
+        for m, other in enumerate(heard, 1):
+            diagonal, row[m] = row[m], min(row[m] + 1, row[m - 1] + 1, diagonal + (word != other))
+    return row[-1]
+
+
+def recorded(path: Path) -> bytes:
+    """PCM16, mono, of a file in any format."""
+    with av.open(str(path)) as file:
+        mono = av.AudioResampler("s16", "mono", RATE)
+        frames = [*file.decode(audio=0), None]
+        return b"".join(part.to_ndarray().tobytes() for frame in frames for part in mono.resample(frame))
+
+
+def one_stream(utterances: Iterable[bytes]) -> bytes:
+    """The utterances, each with a pause behind it."""
+    rng, stream = random.Random(7), b""
+    for utterance in utterances:
+        count = int(RATE * rng.uniform(*BETWEEN_SECONDS))
+        noise = [int(rng.gauss(0, BETWEEN_LEVEL)) for _ in range(count)]
+        stream += utterance + np.array(noise, "<i2").tobytes()
+    return stream
+
+
+async def understood(whisper: RealWhisper, pcm: bytes, spool: Path, options: Message) -> Result:
+    """A session in real time, of a server with one slow endpoint."""
+    env = {"SPOOL_DIR": str(spool), "CONCURRENCY": "2", "REQUEST_SECONDS": "60"}
+    whisper.took.clear()
+    async with whisper, Scribe(env | {"OPENAI_BASE_URL": whisper.url}) as server:
+        uri = with_options(server.uri, **RAW_PCM, words=True, **options)
+        return await talk(uri, pcm, itertools.repeat(MESSAGE), bytes_per_second=BYTES_A_SECOND)
+
+
+def display_delays(result: Result) -> list[float]:
+    """Seconds from the end of each word that became final, by Whisper's times, until it is first shown."""
+    timed = [word for final in sorted(result.finals, key=_start) for word in final.get("words", ())]
+    words = [Spoken(text, word["start"], word["end"]) for word in timed for text in plain(word["word"])]
+    texts = texts_of(result)
+    shown = [Shown(at, m["start"], plain(m["text"]), m["type"] == "transcription") for m, at in texts]
+    return Run("", Speech(np.zeros(0, np.float32), RATE, words), shown, 0, 0).delays()[0]
+
+
+def measure(language: str, recordings: Sequence[Path], whisper: RealWhisper, spool: Path) -> Iterator[str]:
+    """Prints a language's part of the table, and gives all texts."""
+    texts = [path.with_suffix(".txt").read_text("utf-8").strip() for path in recordings]
+    utterances, spoken = [recorded(path) for path in recordings], [plain(text) for text in texts]
+    stream, words = one_stream(utterances), list(itertools.chain(*spoken))
+    sounds = [(np.frombuffer(pcm, "<i2") / 32768).astype(np.float32) for pcm in (*utterances, stream)]
+    *alone, whole = (whisper.hear(wav(sound, RATE))["text"] for sound in sounds)
+
+    def row(name: str, wrong: int, *more: str) -> None:
+        print(f"| {name} | {100 * wrong / len(words):.1f} | {' | '.join(more or ['| | |'])} |", flush=True)
+
+    print(f"| **{language}**, {len(words)} words in {len(stream) / BYTES_A_SECOND:.0f} s | | | | | |")
+    for mode, options in (("finals only", {}), ("`interim=true`", INTERIM)):
+        result = asyncio.run(understood(whisper, stream, spool / mode, options))
+        complete, took = result.complete, whisper.took
+        assert complete and not complete["gaps"] and complete["full_transcription"], result.messages[-3:]
+        late = [at - m["end"] for m, at in texts_of(result) if m["type"] == "transcription"]
+        cost = f"{complete['usage']['factor']:.2f}", f"{len(took)} of {np.mean(took):.1f} s"
+        text = complete["full_transcription"]
+        row(mode, word_errors(words, plain(text)), *cost, spread(late), spread(display_delays(result)))
+        yield f"{language}, {mode}: {text}"
+    row("each utterance by itself", sum(map(word_errors, spoken, map(plain, alone))))
+    yield f"{language}, each utterance by itself:{''.join(alone)}"
+    row("all of it at once", word_errors(words, plain(whole)))
+    yield f"{language}, all of it at once:{whole}"
+    yield f"{language}, as people wrote it down: {' '.join(texts)}"
+
+
+def folder_named(variable: str, pattern: str, what: str) -> Path:
+    """The folder that a variable of the environment names; without it the test is skipped."""
+    folder = os.environ.get(variable, "")
+    if not folder or not files(Path(folder), pattern):
+        pytest.skip(f"{variable} must name a folder that holds {pattern}: {what}")
+    return Path(folder)
+
+
+@pytest.mark.whisper
+def test_bench_whisper(tmp_path: Path) -> None:
+    """Prints how well and how soon people are understood through scribe, and at what cost."""
+    models = folder_named("WHISPER_DIR", f"{WHISPER_MODEL}/model.bin", "a Whisper for CTranslate2")
+    speech = folder_named("SPEECH_DIR", "*-*.ogg", "LANG-N.ogg, and what is said in each in LANG-N.txt")
+    if subprocess.run([WHISPER_PYTHON, "-c", "import faster_whisper"], capture_output=True).returncode:
+        pytest.skip(f"WHISPER_PYTHON must name a Python with faster-whisper: {WHISPER_PYTHON} has none")
+    recordings: dict[str, list[Path]] = {}
+    for path in sorted(files(speech, "*-*.ogg"), key=lambda path: int(path.stem.rpartition("-")[2])):
+        recordings.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    chosen = re.findall(r"[\w-]+", os.environ.get("SPEECH_LANGUAGES", "")) or sorted(recordings)
+    print("\n| | word errors, % | posted / streamed | requests | finals, s | first display, s |")
+    print("|---|---|---|---|---|---|")
+    with RealWhisper(models / WHISPER_MODEL) as whisper:
+        parts = (measure(name, recordings[name], whisper, tmp_path / name) for name in chosen)
+        texts = list(itertools.chain(*parts))
+    if os.environ.get("WHISPER_SHOW"):
+        print("", *texts, sep="\n\n")
 
 
 # -----------------------------------------------------------------------------------------------------------
