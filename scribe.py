@@ -2652,7 +2652,7 @@ class RoundTrips:
         self._round, self._rounds = [], self._rounds + 1
         self._shortest = min(self._shortest, trip)
         queued = flying * (1 - self._shortest / trip) if trip else 0.0
-        if self._rounds % ROUNDS == 0:
+        if self._rounds % ROUNDS == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
             self.limit, self._shortest = max(1, self.limit // 2), math.inf
         elif queued > QUEUED_MANY:
             self.limit = max(1, self.limit - 1)

@@ -6334,6 +6334,116 @@ def test_bench_whisper(tmp_path: Path) -> None:
         print("", *texts, sep="\n\n")
 
 
+class Serial(Endpoint):
+    """One request at a time, as a Whisper on a CPU; what is given up it still works on."""
+
+    line: asyncio.Lock | None = None
+    inside = most = 0  # requests, with those that wait
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        return await asyncio.shield(asyncio.create_task(self._work(request)))
+
+    async def _work(self, request: web.Request) -> web.StreamResponse:
+        self.line = self.line or asyncio.Lock()
+        try:
+            async with self.line:
+                return await super()._serve(request)
+        finally:
+            self.inside -= 1
+
+
+class Shaky:
+    """An endpoint's fate: of its requests a share is refused, fails, or is answered with nonsense."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = random.Random(seed)
+
+    def __call__(self, post: Post) -> Fault | None:
+        faults = [too_many(1, "none"), BROKEN, DROP, GARBAGE, BAD_GATEWAY, None]
+        return self.rng.choices(faults, [10, 10, 5, 5, 5, 65])[0]
+
+
+class Hanging:
+    """An endpoint's fate: every tenth request hangs for five minutes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, post: Post) -> Fault | None:
+        self.count += 1
+        return HANG if self.count % 10 == 0 else None
+
+
+def lateness(results: Sequence[Result]) -> tuple[float, float]:
+    """Seconds from the end of a final's speech to the final: the median, and what 95 % do not pass."""
+    late = sorted(
+        when - result.sent[0][0] + MESSAGE / BYTES_A_SECOND - message["end"]
+        for result in results
+        for message, when in zip(result.messages, result.times, strict=True)
+        if message["type"] == "transcription"
+    )
+    return late[len(late) // 2], late[int(len(late) * 0.95)]
+
+
+async def finals_only(
+    endpoint: Endpoint, spool: Path, speeches: Sequence[Speech], **settings: Any
+) -> list[Result]:
+    """All speeches at once, each begun a little after the one before; without interim text."""
+    async with endpoint, serving_pcm(endpoint, spool, **settings) as uri:
+        talks = (spoken(uri, speech, after=0.37 * n) for n, speech in enumerate(speeches))
+        return await asyncio.gather(*talks)
+
+
+def measured(
+    name: str, endpoint: Endpoint, spool: Path, speeches: Sequence[Speech], **settings: Any
+) -> list[Result]:
+    """Runs them, and prints how late their finals were and what was posted."""
+    results = virtually(finals_only(endpoint, spool, speeches, **settings))
+    usage = [result.complete["usage"] for result in results if result.complete]
+    retried = sum(each["retried_seconds"] for each in usage)
+    gaps = sum(len(result.gaps) for result in results)
+    median, most = lateness(results)
+    print(
+        f"\n{name}: finals {median:.1f} / {most:.1f} s, {len(endpoint.posts)} requests, "
+        f"{100 * share_of_429(endpoint):.1f} % refused, {retried:.0f} s posted again, {gaps} gaps, "
+        f"in flight at most {getattr(endpoint, 'most', endpoint.peak)}",
+        flush=True,
+    )
+    assert [result.words for result in results] == [speech.texts for speech in speeches]
+    return results
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("fate", [None, Shaky, Hanging])
+def test_bench_faults(fate: Callable[[], Callable[[Post], Fault | None]] | None, tmp_path: Path) -> None:
+    speeches = [workload("lecture", 3, seed=seed) for seed in range(5)]
+    endpoint = Endpoint(*ROUND_TRIP, ghosts=False, fault=fate() if fate else lambda post: None)
+    measured(f"5 lectures, {fate.__name__ if fate else 'calm'}", endpoint, tmp_path, speeches)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("concurrency", [8, 1, 2])
+def test_bench_serial_endpoint(concurrency: int, tmp_path: Path) -> None:
+    speeches = [workload("call", 3, seed=seed) for seed in range(4)]
+    endpoint = Serial(1.5, 0.05, ghosts=False)
+    results = measured(
+        f"serial, {concurrency} at once", endpoint, tmp_path, speeches, concurrency=concurrency
+    )
+    assert not any(result.gaps for result in results)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("free", [False, True])
+def test_bench_quick_endpoint(free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if free:
+        monkeypatch.setattr(scribe, "FIRST_LIMIT", 8)
+        monkeypatch.setattr(scribe.RoundTrips, "answered", lambda *_: None)
+    speeches = 20 * [workload("lecture", 1, seed=seed) for seed in range(5)]
+    measured(f"quick, {'limit off' if free else 'limited'}", Endpoint(0.2, ghosts=False), tmp_path, speeches)
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Killed at any moment, in virtual time
 #
