@@ -2613,7 +2613,7 @@ class Sweep:
 
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # requests that wait in the endpoint: one more may go out, one less
+QUEUED_FEW, QUEUED_MANY, QUEUED_SECONDS = 0.5, 1.25, 0.5  # waiting: one more, one less; if it takes so long
 MEANS, DEVIATIONS, LEAST_SECONDS = 2.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2651,7 +2651,8 @@ class RoundTrips:
         trip, flying = min(self._round)[0], max(flying for _, flying in self._round)
         self._round, self._rounds = [], self._rounds + 1
         self._shortest = min(self._shortest, trip)
-        queued = flying * (1 - self._shortest / trip) if trip else 0.0
+        slow = (trip - self._shortest) * WEIGHT_SECONDS > QUEUED_SECONDS  # else a queue does no harm
+        queued = flying * (1 - self._shortest / trip) if slow else 0.0
         if self._rounds % ROUNDS == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
             self.limit, self._shortest = max(1, self.limit // 2), math.inf
         elif queued > QUEUED_MANY:
@@ -3907,8 +3908,7 @@ class Deposit:
 
 # ---- A second opinion: levels cannot tell music from speech ----
 
-HEARING_RATE = 16000  # samples a second, of the models
-VAD_SAMPLES = 512  # that Silero VAD hears at once
+HEARING_RATE, VAD_SAMPLES = 16000, 512  # samples a second, of the models; that Silero VAD hears at once
 VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
 

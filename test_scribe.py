@@ -1990,7 +1990,7 @@ def limits_of(trips: scribe.RoundTrips, line: Line, seed: int, count: int) -> li
     return limits
 
 
-@given(st.integers(0, 10**6), st.sampled_from([(1.5, 0.05), (0.3, 0.02), (2.0, 0.0)]))
+@given(st.integers(0, 10**6), st.sampled_from([(1.5, 0.05), (0.8, 0.03), (2.0, 0.0)]))
 @settings(max_examples=30)
 def test_an_endpoint_that_serves_one_at_a_time_is_not_asked_for_many(
     seed: int, speed: tuple[float, float]
