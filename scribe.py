@@ -19,8 +19,8 @@ The path of the audio, from here to `main`:
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
-Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; interim
-text; answers without ghosts; codecs and containers; the bucket; a second opinion; offline recognition.
+Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; round
+trips; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -841,19 +841,15 @@ class Transcript:
 class EndpointError(Exception):
     """A request that brought no text."""
 
-    def __init__(
-        self,
-        message: str,
-        again: bool = True,
-        wait: float = 0.0,
-        limited: bool = False,
-        useless: bool = False,
-    ) -> None:
+    def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
         super().__init__(message)
-        self.useless = useless  # no request will succeed: key, model or credit are wrong
         self.again = again  # it may succeed later
         self.wait = wait  # seconds that the endpoint wants to be left alone
         self.limited = limited  # the endpoint is up, and this was one request too many
+
+
+class Useless(EndpointError):
+    """The endpoint does not take key or model, or the account has no credit: no request will succeed."""
 
 
 class Post(NamedTuple):
@@ -1029,13 +1025,15 @@ class Desk:
                 self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
             self._next = max(self._next, now + (error.wait or self._distance))
         elif error.again:
-            was, self._reason = self.failing(), str(error)
-            self._failures = max(self._failures + 1, CIRCUIT_FAILURES if error.useless else 0)
+            was, self._reason, useless = self.failing(), str(error), isinstance(error, Useless)
+            new = self._trips.mean == math.inf  # else a proxy's 403 may be for one client's prompt
+            self._failures = max(self._failures + 1, CIRCUIT_FAILURES if useless and new else 0)
             if self.failing():
-                most = MINUTE if error.useless else BACKOFF_LIMIT
-                wait = max(error.wait, _backoff(self._failures - CIRCUIT_FAILURES, most))
-                self._next = max(self._next, now + wait)
-                log.log(logging.DEBUG if was else logging.ERROR, "the endpoint is left alone: %s", error)
+                trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
+                self._next = max(self._next, now + max(error.wait, trial))
+                log.log(
+                    logging.DEBUG if was else logging.ERROR, "the endpoint is left alone: %s", self._reason
+                )
         return error
 
     @contextlib.asynccontextmanager
@@ -1453,7 +1451,7 @@ class Client:
 
     def say(self, notice: Message) -> None:
         """Send what is not in the journal."""
-        self._errors += notice["type"] == "error"
+        self._errors += notice.get("code", "endpoint") != "endpoint"  # which is no fault of the client's
         self.notices.append(notice)
         self._wake.set()
         if self._errors >= ERRORS:
@@ -2494,8 +2492,10 @@ class Ending:
         self._until = asyncio.get_running_loop().time() + self._session.services.settings.deadline_seconds
 
     async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
-        session, pending = self._session, Pending(window)
-        await session.transcribe(pending, self._until)
+        session, pending, until, clock = self._session, Pending(window), 0.0, asyncio.get_running_loop().time
+        while until < self._until and until <= clock() and not isinstance(pending.outcome, Hypothesis):
+            until = self._until  # a slow endpoint may have filled others meanwhile: then there is more time
+            await session.transcribe(pending, until)
         places.release()
         if isinstance(pending.outcome, Hypothesis):
             self._go_on()
@@ -2614,7 +2614,7 @@ class Sweep:
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
 QUEUED_FEW, QUEUED_MANY, QUEUED_SECONDS = 0.5, 1.25, 0.5  # waiting: one more, one less; if it takes so long
-MEANS, DEVIATIONS, LEAST_SECONDS = 2.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
+MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
 class RoundTrips:
@@ -2628,7 +2628,7 @@ class RoundTrips:
     def __init__(self, most: int, seconds: float) -> None:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
-        self._shortest = self._mean = math.inf  # seconds for a second of weight
+        self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
         self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 
@@ -2636,15 +2636,15 @@ class RoundTrips:
         """Seconds to wait for the answer to so many seconds of audio."""
         weight = WEIGHT_SECONDS + audio
         most = self._seconds * max(1.0, audio / WEIGHT_SECONDS)
-        usual = weight * (MEANS * self._mean + DEVIATIONS * self._deviation)
+        usual = weight * (MEANS * self.mean + DEVIATIONS * self._deviation)
         return min(most, self.more * max(LEAST_SECONDS, usual))
 
     def answered(self, audio: float, seconds: float, flying: int) -> None:
         """Count an answer after so many seconds, to a request that made it so many in flight."""
         trip = seconds / (WEIGHT_SECONDS + audio)
         self.more = 1.0
-        mean = trip if self._mean == math.inf else self._mean
-        self._mean, self._deviation = mean + (trip - mean) / 8, self._deviation * 0.75 + abs(trip - mean) / 4
+        mean, usual = (self.mean, self._deviation) if self.mean < math.inf else (trip, trip / 2)  # RFC 6298
+        self.mean, self._deviation = mean + (trip - mean) / 8, usual * 0.75 + abs(trip - mean) / 4
         self._round.append((trip, flying))
         if len(self._round) < max(ROUND, self.limit):
             return
@@ -2780,7 +2780,7 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
     if status == 429 and "insufficient_quota" in response.text:
         hints[429] = "the account has no credit left"
     if status in hints:
-        raise EndpointError(f"{message} ({hints[status]})", useless=True)
+        raise Useless(f"{message} ({hints[status]})")
     again = status in (408, 409, 429) or status >= 500
     raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
 
@@ -3254,7 +3254,7 @@ def opus_frames(packet: bytes) -> list[bytes]:
             first, second = packet[at : at + 2].ljust(2, b"\0")
             sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
         sizes[-1] = end - at - sum(sizes[:-1])
-    if min(sizes) < 0 or max(sizes) > 1275 or at + sum(sizes) != end:
+    if min(sizes) < 0 or max(sizes) > 1275 or at + sum(sizes) != end:  # bytes of a frame at most
         return []
     return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
 
@@ -3787,7 +3787,7 @@ class Archive:
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(5.0):  # for the bucket to answer at start
                 await self._client.head_bucket(Bucket=self._bucket)
         except Exception as error:
             log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)

@@ -1964,6 +1964,26 @@ def limited(wait: float) -> scribe.EndpointError:
 DEAD = scribe.EndpointError("500", again=True)
 
 
+class Serial(Endpoint):
+    """One request at a time, as a Whisper on a CPU; what is given up it still works on."""
+
+    line: asyncio.Lock | None = None
+    inside = most = 0  # requests, with those that wait
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        return await asyncio.shield(asyncio.create_task(self._work(request)))
+
+    async def _work(self, request: web.Request) -> web.StreamResponse:
+        self.line = self.line or asyncio.Lock()
+        try:
+            async with self.line:
+                return await super()._serve(request)
+        finally:
+            self.inside -= 1
+
+
 class Line:
     """Round trips of an endpoint with some places, each taken for as long as a request's audio needs."""
 
@@ -1979,18 +1999,21 @@ class Line:
 
 def limits_of(trips: scribe.RoundTrips, line: Line, seed: int, count: int) -> list[int]:
     """The limit after each of so many answers, of an endpoint that is asked for all that the limit allows."""
-    rng, flying, now, limits = random.Random(seed), list[tuple[float, float, float, int]](), 0.0, list[int]()
+    rng, now, limits = random.Random(seed), 0.0, list[int]()
+    flying: list[tuple[float, float, float, int, float]] = []
     while len(limits) < count:
         while len(flying) < trips.limit:
             audio = rng.uniform(1, 15)
-            heapq.heappush(flying, (line.ask(now, audio), now, audio, len(flying) + 1))
-        now, asked, audio, many = heapq.heappop(flying)
+            many, patience = len(flying) + 1, trips.patience(audio)
+            heapq.heappush(flying, (line.ask(now, audio), now, audio, many, patience))
+        now, asked, audio, many, patience = heapq.heappop(flying)
+        assert now - asked <= patience, "given up, and asked again while it works on it"
         trips.answered(audio, now - asked, many)
         limits.append(trips.limit)
     return limits
 
 
-@given(st.integers(0, 10**6), st.sampled_from([(1.5, 0.05), (0.8, 0.03), (2.0, 0.0)]))
+@given(st.integers(0, 10**6), st.sampled_from([(1.5, 0.05), (0.8, 0.03), (2.0, 0.0), (12.0, 0.0)]))
 @settings(max_examples=30)
 def test_an_endpoint_that_serves_one_at_a_time_is_not_asked_for_many(
     seed: int, speed: tuple[float, float]
@@ -2004,7 +2027,7 @@ def test_an_endpoint_that_serves_one_at_a_time_is_not_asked_for_many(
 @settings(max_examples=30)
 def test_an_endpoint_with_room_is_asked_for_as_many_as_it_may(seed: int, speed: tuple[float, float]) -> None:
     limits = limits_of(scribe.RoundTrips(8, 60.0), Line(100, *speed), seed, 600)
-    assert limits[100] >= 6 and min(limits[100:]) >= 2
+    assert limits[100] >= 6 and min(limits[100:]) >= 4
     assert sum(limits[100:]) / len(limits[100:]) >= 6.5
 
 
@@ -2070,6 +2093,32 @@ def test_a_wrong_key_is_told_once_and_early_and_text_comes_when_it_is_mended(tmp
     assert sum(bool(post.fault) for post in endpoint.posts) <= 12, "it is not asked for every window"
     assert seen[0] == 200 and 503 in seen and seen[-1] == 200
     assert result.complete and not result.complete["gaps"]
+    assert result.words == speech.texts
+
+
+def test_what_is_refused_of_one_client_is_not_laid_to_the_key_of_all() -> None:
+    """A proxy in front of the endpoint may answer 403 to what stands in a prompt."""
+
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk = desk_of(ear)
+        await desk.final(object(), lambda: ready("honest"))
+        ear.fault = lambda: scribe.Useless("403") if ear.asked[-1][1] == "hostile" else None
+        with pytest.raises(scribe.Useless):
+            await desk.interim(object(), lambda: ready("hostile"))
+        assert not desk.failing()
+        began = now()
+        await desk.final(object(), lambda: ready("honest"))
+        assert now() - began < 1
+
+    virtually(main())
+
+
+def test_a_slow_endpoint_fills_all_gaps_as_long_as_it_fills_any(tmp_path: Path) -> None:
+    speech = workload("lecture", 3, seed=2)
+    endpoint = Serial(12.0, ghosts=False, fault=lambda post: BROKEN if post.arrived < 1183 else None)
+    result = transcribed(endpoint, speech, tmp_path, {}, deadline_seconds=20.0)
+    assert len(result.gaps) > 4 and result.complete and not result.complete["gaps"]
     assert result.words == speech.texts
 
 
@@ -2534,20 +2583,21 @@ def test_a_language_the_endpoint_refuses_is_its_clients_problem_alone() -> None:
     assert all(post.fields["prompt"][0].startswith("Names") for post in endpoint.posts)
 
 
-def test_a_request_that_failed_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize(("status", "least"), [(401, 2), (422, 11), (503, 2)])
+def test_a_request_that_failed_leaves_nothing_behind(status: int, least: int) -> None:
     """Not even in a cycle of exceptions, where its file would wait for the garbage collector."""
 
     async def scene(uri: str, endpoint: Endpoint) -> int:
         speech = speak(chatter(random.Random(3), 30, (0.8,)), 8000)
         await talk(uri, wav(speech.samples, 8000), [4000], bytes_per_second=16_000)
-        assert len(endpoint.posts) > 10
+        assert len(endpoint.posts) >= least
         return sum(type(thing) is scribe.Post for thing in gc.get_objects())
 
     gc.collect()
     gc.disable()
     try:
         before = sum(type(thing) is scribe.Post for thing in gc.get_objects())
-        assert with_server(scene, Endpoint(fault=lambda post: refusal(422, "no such file"))) == before
+        assert with_server(scene, Endpoint(fault=lambda post: refusal(status, "no"))) == before
     finally:
         gc.enable()
 
@@ -4370,10 +4420,8 @@ async def test_no_word_and_no_sample_is_lost(
     rng = random.Random(f"{what}{seed}")
     endpoint.words = rng.choice(("top", "segment", "token", "text", "none"))
     sessions = [Session.drawn(rng) for _ in range(SESSIONS if what == "kill" else SESSIONS // 2)]
-    env |= s3.env | {
-        "CONCURRENCY": "20",
-        "GRACE_SECONDS": "12",
-    }  # for a server killed right behind `complete`
+    # the grace is for a server killed right behind `complete`: how long its session lies there
+    env |= s3.env | {"CONCURRENCY": "20", "GRACE_SECONDS": "12"}
     servers = [await launch(env) for _ in range(1 + (what == "stray"))]
     async with Proxy(servers[0].port) as proxy:
         world = World(env, launch, rng, proxy, servers)
@@ -5933,7 +5981,7 @@ def test_a_cap_on_billed_seconds_takes_the_interims_first_and_then_ends_the_sess
 
 
 def test_what_cannot_be_paid_is_a_gap_and_is_not_posted(tmp_path: Path) -> None:
-    speech, endpoint = workload("lecture", 1, seed=2), Endpoint(ghosts=False)
+    speech, endpoint = workload("lecture", 5, seed=2), Endpoint(ghosts=False)
 
     async def at_once() -> Result:
         async with endpoint, serving_pcm(endpoint, tmp_path, session_billed_seconds=20) as uri:
@@ -6334,24 +6382,8 @@ def test_bench_whisper(tmp_path: Path) -> None:
         print("", *texts, sep="\n\n")
 
 
-class Serial(Endpoint):
-    """One request at a time, as a Whisper on a CPU; what is given up it still works on."""
-
-    line: asyncio.Lock | None = None
-    inside = most = 0  # requests, with those that wait
-
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        return await asyncio.shield(asyncio.create_task(self._work(request)))
-
-    async def _work(self, request: web.Request) -> web.StreamResponse:
-        self.line = self.line or asyncio.Lock()
-        try:
-            async with self.line:
-                return await super()._serve(request)
-        finally:
-            self.inside -= 1
+# -----------------------------------------------------------------------------------------------------------
+# Benchmark of endpoints of any speed, in virtual time: slow, quick and shaky ones, with default settings
 
 
 class Shaky:
