@@ -2273,7 +2273,7 @@ MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables 
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
-TAKEN_BYTES, TAKEN_SECONDS = 1 << 11, 0.005  # at a time, 350 frames at most; until the next look at who waits
+RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 12  # at a time; of these, 700 frames at most
 
 
 class Refusal(Exception):
@@ -2290,60 +2290,65 @@ class Connection(ServerConnection):
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.options: Options
-        self._door, self._pongs = door, 0  # bytes that were answered since the client had read all
-        self._untaken, self._cut = bytearray(), False  # what came and is not read yet; the end came behind it
+        self._door = door
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.recv_messages.resume = self._resume
+        self.transport.set_protocol(Inlet(self, self._door))
         self._door.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._untaken.clear()
         super().connection_lost(exc)
         self._door.leave(self)
 
-    def data_received(self, data: bytes) -> None:
-        """Take bytes. Many of them wait for a turn: there may be thousands of frames in them."""
-        if not self._untaken and len(data) <= TAKEN_BYTES and self._door.little.has_time():
+
+class Inlet(asyncio.BufferedProtocol):
+    """Hands a connection what it receives, when there is time: there may be thousands of frames in it."""
+
+    def __init__(self, connection: Connection, door: Door) -> None:
+        self._connection, self._door, self._waiting = connection, door, b""  # bytes that wait for a turn
+        self._pongs = 0  # bytes that were answered since the client had read all
+        for name in ("connection_lost", "eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(connection, name))
+        connection.recv_messages.resume = self._resume
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes are to be put. What has no room stays in the kernel."""
+        return self._door.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take bytes; many of them, or any if there is no time, wait for a turn."""
+        data = bytes(self._door.buffer[:nbytes])
+        if nbytes <= TAKEN_BYTES and self._door.first.has_time():
             self._take(data)
             return
-        if not self._untaken:
-            self._door.queue(self)
-        self._untaken += data
-        self.transport.pause_reading()
+        self._waiting = data
+        self._connection.transport.pause_reading()
+        self._door.queue(self)
 
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """Take the end behind the bytes that wait; until then the connection is kept open."""
-        self._cut = bool(self._untaken)
-        if not self._cut:
-            super().eof_received()
-        return self._cut
-
-    def take_some(self) -> bool:
-        """Take some of the bytes that wait, unless the session is behind; gives whether any are left."""
-        if self._untaken and not self.recv_messages.paused:
-            data = bytes(self._untaken[:TAKEN_BYTES])
-            del self._untaken[:TAKEN_BYTES]
+    def go_on(self) -> None:
+        """Take some of what waits, and go on later unless the session is behind."""
+        data, self._waiting = self._waiting[:TAKEN_BYTES], self._waiting[TAKEN_BYTES:]
+        if not self._connection.transport.is_closing():
             self._take(data)
-            self._resume()
-            if not self._untaken and self._cut:
-                super().eof_received()
-                self.transport.close()
-        return bool(self._untaken)
+            if not self._connection.recv_messages.paused:
+                self._resume()
 
     def _resume(self) -> None:
-        if not (self._untaken or self.recv_messages.paused or self.transport.is_closing()):
-            self.transport.resume_reading()
+        if self._waiting:
+            self._door.queue(self)
+        else:
+            self._connection.transport.resume_reading()
 
     def _take(self, data: bytes) -> None:
         """Answers to pings are not held back by websockets, however many are unread."""
-        before = self.transport.get_write_buffer_size()
-        super().data_received(data)
-        unread = self.transport.get_write_buffer_size()
+        transport = self._connection.transport
+        before = transport.get_write_buffer_size()
+        self._connection.data_received(data)
+        unread = transport.get_write_buffer_size()
         self._pongs = self._pongs + unread - before if before else unread
         if self._pongs > 1 << 16:  # bytes that a client may leave unread before it is cut off
-            self.transport.abort()
+            transport.abort()
 
 
 class Door:
@@ -2354,8 +2359,9 @@ class Door:
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
         self._local, self._open = settings.host in LOCAL, 0  # only this machine reaches it; connections
         self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
-        self._queue: deque[Connection] = deque()  # those that have received much
-        self.much, self.little = Turn(), Turn()  # in which they take it; in which little is taken at once
+        self.buffer = memoryview(bytearray(RECEIVED_BYTES))  # where all receive
+        self.first, self._next = Turn(), Turn()  # in which they take it at once; in which others go on
+        self._queue: deque[Inlet] = deque()  # those
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
@@ -2374,22 +2380,17 @@ class Door:
         if len(self._unasked) > self._handshakes:
             self._unasked.popitem(last=False)[0].transport.abort()
 
-    def queue(self, connection: Connection) -> None:
-        """Let a connection take what it has received when it is its turn."""
-        self._queue.append(connection)
+    def queue(self, inlet: Inlet) -> None:
+        """Let a connection go on when it is its turn."""
+        self._queue.append(inlet)
         if len(self._queue) == 1:
-            connection.loop.call_soon(self._take_turns)
+            asyncio.get_running_loop().call_soon(self._go_on)
 
-    def _take_turns(self) -> None:
-        """Let those that wait take, as long as there is time."""
-        loop, idle = asyncio.get_running_loop(), 0
-        while idle < len(self._queue) and self.much.has_time():
-            connection = self._queue.popleft()
-            idle = idle + 1 if connection.recv_messages.paused else 0
-            if connection.take_some():
-                self._queue.append(connection)
+    def _go_on(self) -> None:
+        while self._queue and self._next.has_time():
+            self._queue.popleft().go_on()
         if self._queue:
-            loop.call_later(TAKEN_SECONDS if idle else 0.0, self._take_turns)
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def admit(self, connection: Connection) -> None:
         """Let a connection stay."""
