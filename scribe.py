@@ -64,6 +64,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -985,16 +986,14 @@ class Whisper:
 # ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
-# How many slots there are, and how long an answer may take, `RoundTrips` tells; how fast requests may follow
-# each other, `Rate`. When the endpoint fails again and again, or refuses key or model, the circuit opens: one
-# request at a time goes out as a trial, ever later, until one succeeds. The others go to the fallback, a desk
-# of its own, or wait.
+# `RoundTrips` tells how many slots there are and how long to wait, `Rate` how fast requests may follow. When
+# the endpoint fails again and again, or refuses key or model, the circuit opens: one request at a time goes
+# out as a trial, ever later, until one succeeds. The others go to the fallback, a desk of its own, or wait.
 
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
-SAME_REFUSALS = 3  # of one post, while others succeed: it will not
-LOOK_SECONDS = 1.0  # until one that waits for a slot looks again whether any will come
+SAME_REFUSALS, LOOK_SECONDS = 3, 1.0  # of a post while others succeed; until one that waits looks
 Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the fallback or not
 
 
@@ -2619,8 +2618,7 @@ class Sweep:
 
 RATE_FALL, RATE_LEAST, RATE_SECONDS = 0.1, 1 / 4, 60.0  # a share; requests a second; until it is made up for
 CHANCE_SHARE, CHANCE_REQUESTS = 0.3, 32  # of about the last requests: more refusals are a limit too
-INTERIM_TOKENS = 2.0  # that must be there for one to be taken: so half is left to finals
-PAUSE_MOST = 20.0  # seconds, where the endpoint asks for none
+INTERIM_TOKENS, PAUSE_MOST = 2.0, 20.0  # there for one, so half is left to finals; seconds, if none are asked
 
 
 class Rate:
@@ -2676,9 +2674,10 @@ class Rate:
 
 
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
-FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 40  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY, QUEUED_SECONDS = 0.5, 1.25, 0.5  # waiting: one more, one less; if it takes so long
-LOADED = 2  # round trips of a round, with as many in flight as may be, that tell
+FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
+QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # waiting: one more, one less
+HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
+ENOUGH = 6  # round trips that tell: beside as many others as may be, or alone
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2686,16 +2685,16 @@ class RoundTrips:
     """How many requests an endpoint can take at once, and how long one is waited for. Pure.
 
     As in TCP Vegas (Brakmo 1994), requests that wait in the endpoint show as round trips longer than the
-    shortest: of n in flight that is n * (1 - shortest / this). Of a round of them the shortest counts, for a
-    queue delays all; but of those with as many in flight as may be, the others do not show it. Now and then
-    the shortest is looked for anew, with half as many in flight, and until then not more than had no queue.
+    shortest: of n in flight that is n * (1 - shortest / this). It is asked of requests beside as many others
+    as may be: of the quickest, for a queue delays all; and before there may be more, of the usual one too,
+    against what is usual without others. Now and then the shortest is looked for anew, with half as many.
     """
 
     def __init__(self, most: int, seconds: float) -> None:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
         self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
-        self._ceiling = most  # where there was a queue above it
+        self._alone, self._beside = (deque[float](maxlen=ROUNDS) for _ in "12")  # the last ones, see ENOUGH
         self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 
@@ -2713,23 +2712,25 @@ class RoundTrips:
         mean, usual = (self.mean, self._deviation) if self.mean < math.inf else (trip, trip / 2)  # RFC 6298
         self.mean, self._deviation = mean + (trip - mean) / 8, usual * 0.75 + abs(trip - mean) / 4
         self._round.append((trip, flying))
+        self._alone.extend([trip] * (flying == 1))
         if len(self._round) < max(ROUND, self.limit):
             return
-        loaded = sorted(trip for trip, flying in self._round if flying >= self.limit)
+        self._beside.extend(trip for trip, flying in self._round if flying >= self.limit)
         self._shortest = min(self._shortest, *(trip for trip, _ in self._round))
-        self._round, self._rounds = [], self._rounds + 1
-        if len(loaded) < LOADED:
+        self._round, self._rounds, limit = [], self._rounds + 1, self.limit
+        if len(self._beside) < ENOUGH:
             return
-        slow = (loaded[0] - self._shortest) * WEIGHT_SECONDS > QUEUED_SECONDS  # else a queue does no harm
-        queued = self.limit * (1 - self._shortest / loaded[0]) if slow else 0.0
-        if self._rounds >= ROUNDS:
-            self._rounds, self._ceiling = 0, self._most
-        if self._rounds == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
-            self.limit, self._shortest = max(1, self.limit // 2), math.inf
+        pairs = (self._shortest, min(self._beside)), (median(self._alone or [math.inf]), median(self._beside))
+        queued, usually = (limit * (1 - one / other) if other - one > HARM else 0.0 for one, other in pairs)
+        if self._rounds % ROUNDS == 0 and max(queued, usually) >= QUEUED_FEW:  # or it was quicker than now
+            self.limit, self._shortest = max(1, limit // 2), math.inf
+            self._alone.clear()
         elif queued > QUEUED_MANY:
-            self.limit = self._ceiling = max(1, self.limit - 1)
-        elif queued < QUEUED_FEW:
-            self.limit = min(self._ceiling, self.limit + 1)
+            self.limit = max(1, limit - 1)
+        elif max(queued, usually) < QUEUED_FEW:
+            self.limit = min(self._most, limit + 1)
+        if self.limit != limit:
+            self._beside.clear()
 
 
 # ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
