@@ -64,6 +64,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -2674,7 +2675,9 @@ class Rate:
 
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY, QUEUED_SECONDS = 0.5, 1.25, 0.5  # waiting: one more, one less; if it takes so long
+QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # waiting: one more, one less
+HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
+ENOUGH = 6  # round trips that tell: beside as many others as may be, or alone
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2682,14 +2685,16 @@ class RoundTrips:
     """How many requests an endpoint can take at once, and how long one is waited for. Pure.
 
     As in TCP Vegas (Brakmo 1994), requests that wait in the endpoint show as round trips longer than the
-    shortest: of n in flight that is n * (1 - shortest / this). Of a round of them the shortest counts, for a
-    queue delays all. Now and then the shortest is looked for anew, with half as many in flight.
+    shortest: of n in flight that is n * (1 - shortest / this). It is asked of requests beside as many others
+    as may be: of the quickest, for a queue delays all; and before there may be more, of the usual one too,
+    against what is usual without others. Now and then the shortest is looked for anew, with half as many.
     """
 
     def __init__(self, most: int, seconds: float) -> None:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
         self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
+        self._alone, self._beside = (deque[float](maxlen=ROUNDS) for _ in "12")  # the last ones, see ENOUGH
         self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 
@@ -2707,19 +2712,25 @@ class RoundTrips:
         mean, usual = (self.mean, self._deviation) if self.mean < math.inf else (trip, trip / 2)  # RFC 6298
         self.mean, self._deviation = mean + (trip - mean) / 8, usual * 0.75 + abs(trip - mean) / 4
         self._round.append((trip, flying))
+        self._alone.extend([trip] * (flying == 1))
         if len(self._round) < max(ROUND, self.limit):
             return
-        trip, flying = min(self._round)[0], max(flying for _, flying in self._round)
-        self._round, self._rounds = [], self._rounds + 1
-        self._shortest = min(self._shortest, trip)
-        slow = (trip - self._shortest) * WEIGHT_SECONDS > QUEUED_SECONDS  # else a queue does no harm
-        queued = flying * (1 - self._shortest / trip) if slow else 0.0
-        if self._rounds % ROUNDS == 0 and queued >= QUEUED_FEW:  # or it was shorter than it is now
-            self.limit, self._shortest = max(1, self.limit // 2), math.inf
+        self._beside.extend(trip for trip, flying in self._round if flying >= self.limit)
+        self._shortest = min(self._shortest, *(trip for trip, _ in self._round))
+        self._round, self._rounds, limit = [], self._rounds + 1, self.limit
+        if len(self._beside) < ENOUGH:
+            return
+        pairs = (self._shortest, min(self._beside)), (median(self._alone or [math.inf]), median(self._beside))
+        queued, usually = (limit * (1 - one / other) if other - one > HARM else 0.0 for one, other in pairs)
+        if self._rounds % ROUNDS == 0 and max(queued, usually) >= QUEUED_FEW:  # or it was quicker than now
+            self.limit, self._shortest = max(1, limit // 2), math.inf
+            self._alone.clear()
         elif queued > QUEUED_MANY:
-            self.limit = max(1, self.limit - 1)
-        elif queued < QUEUED_FEW and flying >= self.limit:
-            self.limit = min(self._most, self.limit + 1)
+            self.limit = max(1, limit - 1)
+        elif max(queued, usually) < QUEUED_FEW:
+            self.limit = min(self._most, limit + 1)
+        if self.limit != limit:
+            self._beside.clear()
 
 
 # ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
