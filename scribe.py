@@ -993,7 +993,7 @@ class Whisper:
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
 CIRCUIT_FAILURES = 5  # in a row, not counting 429
 MINUTE, HOUR = 60.0, 3600.0  # seconds
-SAME_REFUSALS, LOOK_SECONDS = 3, 1.0  # of a post while others succeed; until one that waits looks
+SAME_REFUSALS, LOOK_SECONDS = 3, 1.0  # show a post's own fault; until one that waits sees if there is hope
 Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the fallback or not
 
 
@@ -1033,7 +1033,7 @@ class Desk:
         Raises EndpointError if trying again does not help, or has not before the deadline, or before a time.
         Waiting for other requests does not count, waiting for a dead endpoint does.
         """
-        left, failures = self._settings.deadline_seconds * again, list[tuple[str, float]]()
+        left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
             patient = min(until, self._clock() + self._settings.deadline_seconds)
             first = (self, self._fallback or self)[len(failures) % 2]  # what fails here may succeed there
@@ -1092,7 +1092,7 @@ class Desk:
             raise self._learn(EndpointError("the endpoint did not answer in time"), asked) from None
         except EndpointError as error:
             raise self._learn(error, asked) from None
-        self._failures, self._good = 0, asked
+        self._failures, self._good, self._trial = 0, asked, 0.0
         self._rate.passed(self._clock())
         self._trips.answered(post.seconds, self._clock() - asked, flying)
         return answer
@@ -1107,8 +1107,9 @@ class Desk:
             self._error = type(error)(str(error))  # by its traceback, the other would keep the file
             new = self._fallback or self._trips.mean == math.inf  # else a proxy may refuse one client
             self._failures = max(self._failures + 1, CIRCUIT_FAILURES if useless and new else 0)
-            trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
-            self._trial = max(self._trial, now + max(error.wait, trial))
+            if self._failing:
+                trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
+                self._trial = max(self._trial, now + max(error.wait, trial))
             if self._failing and not was:
                 log.error("the endpoint is left alone: %s", self._error)
         return error
@@ -1131,10 +1132,10 @@ class Desk:
                 desk = slot.result()
                 desk._taken[session] -= 1
                 desk._taken += Counter()  # forget sessions without any
-                desk._grant()
             else:
                 slot.cancel()  # wherever it waits
-            self._grant()
+            for desk in filter(None, (self, self._fallback)):
+                desk._grant()
 
     def _grant(self) -> None:
         """Give free slots to those that wait, or come back when that may be."""
@@ -1398,10 +1399,10 @@ class State:
             case "gap":
                 self.usage.silent += max(0.0, event["lost"][0] - self.transcript.heard)
                 start, end = event["lost"]
-                near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS] or [Mark()]
+                near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS]
+                near = [gap.mark for gap in self.gaps if gap.start == start] or near or [Mark()]
                 self.gaps = [gap for gap in self.gaps if gap.start < start]  # else it is joined
-                more = event.get("reason", ""), event.get("again", True)
-                self.gaps.append(Gap(start, end, near[-1], *more))
+                self.gaps.append(Gap(start, end, near[-1], event.get("reason", ""), event.get("again", True)))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
                 self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
@@ -1936,7 +1937,7 @@ class Session:
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
-            pending.outcome = EndpointError(str(error), error.again)  # the other would keep the file
+            pending.outcome = EndpointError(str(error), error.again)  # its traceback would keep the file
         finally:
             self._wake.set()
 
@@ -2005,11 +2006,10 @@ class Session:
             rate = (self.recording.size + 1) / self.segmenter.now  # bytes a second
             most = min(self.within(MERGE_SECONDS), self.most_bytes / rate)
             last = self.state.gaps[-1] if self.state.gaps else Gap(start, start)
-            joined = (
-                last.end >= start - ROUNDING and end - last.start <= most and last.again and outcome.again
-            )
-            facts = {"lost": (last.start if joined else start, end), "reason": str(outcome)}
-            self.note("gap", message=message, **facts, again=outcome.again, heard=end, resume=end)
+            alike = last.again and outcome.again and end - last.start <= most
+            begin = last.start if alike and last.end >= start - ROUNDING else start
+            facts = {"lost": (begin, end), "reason": str(outcome), "again": outcome.again}
+            self.note("gap", message=message, **facts, heard=end, resume=end)
 
     def _advance(self, step: Step, heard: Hypothesis, window: Window, **more: Any) -> None:
         silent = max(0.0, window.start - self.state.transcript.heard)
@@ -2296,7 +2296,7 @@ MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables 
 SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
-RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 12  # at a time; of these, 700 frames at most
+RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 11  # at a time; of these, 350 frames at most: that takes 3 ms
 
 
 class Refusal(Exception):
@@ -2694,7 +2694,7 @@ class RoundTrips:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
         self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
-        self._alone, self._beside = (deque[float](maxlen=ROUNDS) for _ in "12")  # the last ones, see ENOUGH
+        self._alone, self._beside = deque[float](maxlen=ROUNDS), deque[float](maxlen=ROUNDS)  # see ENOUGH
         self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 

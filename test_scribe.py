@@ -750,13 +750,14 @@ SCRIPT = Path(__file__).with_name("scribe.py")
 START_SECONDS = 20.0  # a loaded machine may take long
 
 
-PORTS = itertools.count(random.SystemRandom().randrange(12_000))  # from a place of this process's own
+PORTS = itertools.count(random.SystemRandom().randrange(1_500))
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8
 
 
 def free_port() -> int:
     """A port that no other test gets, nor the end of a connection, which are from 32768 on."""
     while True:
-        port = 20_000 + next(PORTS) % 12_000
+        port = 20_000 + 1_500 * WORKER + next(PORTS) % 1_500
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
@@ -2375,6 +2376,22 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
             assert ear.peak == 1, "the circuit is open"
             assert len(ear.asked) - asked < 8
         assert {name for _, name in ear.asked} == set(map(str, range(12)))
+
+    virtually(main())
+
+
+def test_a_long_wait_that_one_answer_asks_for_is_not_laid_to_an_outage_behind_it() -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        desk, began = desk_of(ear), now()
+        ear.fault = lambda: scribe.EndpointError("503", wait=3600.0)
+        with pytest.raises(scribe.EndpointError):
+            await desk.interim(object(), ready("refused"))
+        ear.fault = lambda: DEAD if now() < began + 10 else None
+        async with asyncio.TaskGroup() as group:
+            for n in range(6):
+                group.create_task(desk.final(object(), ready(str(n)), math.inf, True))
+        assert now() - began < 40
 
     virtually(main())
 
@@ -4802,6 +4819,18 @@ def test_the_state_of_a_session_is_that_of_its_journal(tmp_path: Path) -> None:
     assert json.loads(json.dumps(live.summary)) == again.summary
     of = [(t.heard, t.resume, t.end, t.prompt(1e9, 200)) for t in (live.transcript, again.transcript)]
     assert of[0] == of[1]
+
+
+def test_gaps_that_are_joined_are_found_again_from_the_mark_of_the_first() -> None:
+    """However far the marks have moved on: a day would be read from its beginning."""
+    state, marks = scribe.State(), [(40.0, 0, 4000), (100.0, 0, 10_000)]
+    for seconds, heard in zip(marks, (39.0, 95.0), strict=True):
+        state.apply({"event": "mark", "mark": seconds, "heard": heard, "resume": heard}, 0)
+    for end in (101.0, 113.0, 118.0):
+        state.apply({"event": "gap", "lost": (95.0, end), "reason": "no", "heard": end, "resume": end}, 0)
+    assert state.gaps == [scribe.Gap(95.0, 118.0, scribe.Mark(40.0, 0, 4000), "no")]
+    state.apply({"event": "filled", "found": 95.0}, 0)
+    assert state.gaps == []
 
 
 def test_what_brought_no_text_is_neither_heard_again_nor_forgotten_by_the_bill(tmp_path: Path) -> None:
