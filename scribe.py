@@ -2616,7 +2616,7 @@ class Sweep:
 
 # ---- Pace: how many requests an endpoint takes at once, and how many a minute. Pure ------------------------
 
-RATE_FALL, RATE_LEAST, RATE_SECONDS = 0.1, 1 / 4, 60.0  # a share; requests a second; until it is made up for
+RATE_FALL, RATE_LEAST, RATE_SECONDS = 0.15, 1 / 4, 90.0  # a share; requests a second; until it is made up
 CHANCE_SHARE, CHANCE_REQUESTS = 0.3, 32  # of about the last requests: more refusals are a limit too
 INTERIM_TOKENS, PAUSE_MOST = 2.0, 20.0  # there for one, so half is left to finals; seconds, if none are asked
 
