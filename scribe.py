@@ -777,15 +777,6 @@ class Hypothesis(NamedTuple):
     language: str = ""  # as ISO 639 has it, if the endpoint names it
 
 
-class Segment(NamedTuple):
-    """Final text: the content of a `transcription`."""
-
-    words: list[Word]
-    start: float
-    end: float
-    timed: bool
-
-
 def normal(text: str) -> str:
     """What makes two spellings the same: letters and digits without case."""
     return "".join(filter(str.isalnum, text.casefold()))
@@ -815,11 +806,14 @@ def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
 
 
 class Step(NamedTuple):
-    """What a hypothesis makes final: all up to `heard`; the segment is its text, if there is any."""
+    """What a hypothesis makes final: all up to `heard`, and the words there, if any: a `transcription`."""
 
     heard: float  # seconds; all words that end before it are final
     resume: float  # where the next request begins: before `heard` to hear words to align by
-    segment: Segment | None
+    words: list[Word]
+    start: float  # of the words, in seconds
+    end: float
+    timed: bool
 
 
 class Transcript:
@@ -827,7 +821,7 @@ class Transcript:
 
     def __init__(self, heard: float = 0.0) -> None:
         self.heard = self.resume = heard  # see Step
-        self.end = heard  # of the last segment
+        self.end = heard  # of the last words that are final
         self.timed = True  # the endpoint gives word times, as far as is known
         self._spoke = -math.inf  # when the last one did that is no phantom
         self._tail: list[Word] = []  # final words
@@ -859,7 +853,7 @@ class Transcript:
             words = words[:-1] if words[-1].end > window.end - EDGE_SECONDS else words
             heard = min(window.end, words[-1].end if words else window.start)
             resume = max(window.start, heard - CONTEXT_SECONDS)
-        return Step(heard, resume, self._segment(words, window, hypothesis.timed))
+        return self._step(heard, resume, words, window, hypothesis.timed)
 
     def agree(self, hypothesis: Hypothesis, window: Window) -> tuple[Step | None, list[Word]]:
         """The words that this hypothesis and the last one agree on, now final; and the rest of this one."""
@@ -873,7 +867,7 @@ class Transcript:
         heard = min(window.end, agreed[-1].end)
         trimmed = heard - CONTEXT_SECONDS
         resume = trimmed if trimmed >= window.start + TRIM_SECONDS else window.start
-        return Step(heard, resume, self._segment(agreed, window, timed=True)), self._previous
+        return self._step(heard, resume, agreed, window, timed=True), self._previous
 
     def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
         if hypothesis.lone and window.start - self.heard < PHANTOM_REST < window.first - self._spoke:
@@ -882,12 +876,10 @@ class Transcript:
             return hypothesis.words
         return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
 
-    def _segment(self, words: list[Word], window: Window, timed: bool) -> Segment | None:
-        if not words:
-            return None
-        start, end = (words[0].start, words[-1].end) if timed else (window.first, window.last)
+    def _step(self, heard: float, resume: float, words: list[Word], window: Window, timed: bool) -> Step:
+        start, end = (words[0].start, words[-1].end) if words and timed else (window.first, window.last)
         start = max(self.end, min(start, window.end))
-        return Segment(words, start, max(start, min(end, window.end)), timed)
+        return Step(heard, resume, words, start, max(start, min(end, window.end)), timed)
 
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
@@ -2014,18 +2006,18 @@ class Session:
     def _advance(self, step: Step, heard: Hypothesis, window: Window, **more: Any) -> None:
         silent = max(0.0, window.start - self.state.transcript.heard)
         facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent, **more}
-        if step.segment:
-            facts |= {"message": self.final(step.segment, heard), "words": step.segment.words}
-        self.note("transcription" if step.segment else "settled", **facts)
+        if step.words:
+            facts |= {"message": self.final(step, heard), "words": step.words}
+        self.note("transcription" if step.words else "settled", **facts)
 
-    def final(self, segment: Segment, heard: Hypothesis, **more: bool) -> Message:
+    def final(self, step: Step, heard: Hypothesis, **more: bool) -> Message:
         """The next message with final text, as it was heard."""
         message: Message = {"type": "transcription", "sequence": self.state.sequence + 1}
-        message |= {"text": spelled(segment.words), **span(segment), "received": self.recording.size, **more}
+        message |= {"text": spelled(step.words), **span(step), "received": self.recording.size, **more}
         if language := heard.language or self.language:
             message["language"] = language
-        if self.options.words and segment.timed:
-            message["words"] = [{"word": word.text.strip(), **span(word)} for word in segment.words]
+        if self.options.words and step.timed:
+            message["words"] = [{"word": word.text.strip(), **span(word)} for word in step.words]
         return message
 
     # -- interim text
@@ -2080,7 +2072,7 @@ class Session:
             self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
 
 
-def span(timed: Word | Segment | Gap) -> dict[str, float]:
+def span(timed: Word | Step | Gap) -> dict[str, float]:
     """Start and end as they stand in messages."""
     return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
 
@@ -2506,9 +2498,9 @@ class Ending:
         if isinstance(pending.outcome, Hypothesis):
             self._go_on()
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
-            segment = Transcript(start).settle(outcome, pending.window).segment
-            message = {"message": session.final(segment, outcome, late=True)} if segment else {}
-            session.note("transcription" if segment else "filled", found=start, **message)
+            step = Transcript(start).settle(outcome, pending.window)
+            message = {"message": session.final(step, outcome, late=True)} if step.words else {}
+            session.note("transcription" if step.words else "filled", found=start, **message)
 
     async def _found(self, gaps: Iterable[Gap]) -> AsyncIterator[Pending]:
         """The windows of gaps, in order; their frames are found again, from their marks on."""

@@ -1874,7 +1874,7 @@ def test_a_phantom_alone_is_said_behind_speech_or_silence() -> None:
         if spoke == heard:
             transcript.say([scribe.Word(" so", heard, heard)], heard)
         transcript.heard = heard
-        assert bool(transcript.settle(told, WINDOW).segment) is kept
+        assert bool(transcript.settle(told, WINDOW).words) is kept
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1904,7 +1904,7 @@ def test_words_are_final_once_though_windows_cut_them(
     for _ in range(int(sum(steps) / 0.4)):
         script += rng.choice(VOCABULARY), 0.05
     speech = speak([*script, 0.5], 8000)
-    transcript, segments, start, end = scribe.Transcript(), [], 0.0, 0.0
+    transcript, final, start, end = scribe.Transcript(), [], 0.0, 0.0
     for n, step in enumerate([*steps, speech.seconds]):
         end = min(end + step, speech.seconds)
         last = end == speech.seconds
@@ -1916,15 +1916,15 @@ def test_words_are_final_once_though_windows_cut_them(
             step = transcript.settle(hypothesis, window)
         if step:
             transcript.heard, transcript.resume = step.heard, step.resume
-        if step and step.segment:
-            transcript.say(step.segment.words, step.segment.end)
-            segments.append(step.segment)
+        if step and step.words:
+            transcript.say(step.words, step.end)
+            final.append(step)
         start = transcript.resume
         if last:
             break
-    said = words_of(" ".join(scribe.spelled(segment.words) for segment in segments))
+    said = words_of(" ".join(scribe.spelled(step.words) for step in final))
     assert compare(speech.texts, said) == Damage([], [], [])
-    assert all(one.end <= two.start for one, two in itertools.pairwise(segments))
+    assert all(one.end <= two.start for one, two in itertools.pairwise(final))
 
 
 # -----------------------------------------------------------------------------------------------------------
