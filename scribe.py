@@ -65,7 +65,7 @@ from datetime import UTC, datetime
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx
@@ -883,10 +883,10 @@ class Transcript:
 
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
-# One request to an engine, which turns a `Post` into an answer as verbose_json has it, or raises an
-# EndpointError that says whether it is worth trying again. `Whisper` is an OpenAI-compatible endpoint. What
-# that refuses is learnt once for the process: it is asked for verbose_json with word times first, and for
-# plain json after a 400 that names them.
+# One request to an engine: its `ask` turns a `Post` into an answer as verbose_json has it, with `text` at
+# least, or raises an EndpointError that says whether it is worth trying again. `Sphinx` is one (see offline
+# recognition), `Whisper` an OpenAI-compatible endpoint. What that refuses is learnt once for the process: it
+# is asked for verbose_json with word times first, and for plain json after a 400 that names them.
 
 
 class EndpointError(Exception):
@@ -910,13 +910,6 @@ class Post(NamedTuple):
     seconds: float
     options: Options
     prompt: str
-
-
-class Engine(Protocol):
-    """What hears. `ask` gives an answer as verbose_json has it, with `text` at least; or EndpointError."""
-
-    async def ask(self, post: Post) -> dict[str, Any]: ...
-    async def close(self) -> None: ...
 
 
 class Whisper:
@@ -992,7 +985,7 @@ Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the 
 class Desk:
     """Hands out the endpoint's slots, and retries. A session is any object that stands for one."""
 
-    def __init__(self, engine: Engine, settings: Settings, fallback: Desk | None = None) -> None:
+    def __init__(self, engine: Whisper | Sphinx, settings: Settings, fallback: Desk | None = None) -> None:
         self._engine, self._settings, self._fallback = engine, settings, fallback
         self._clock = asyncio.get_running_loop().time
         self._waiting: list[tuple[float, object, asyncio.Future[Desk]]] = []  # since when, session, slot
