@@ -372,7 +372,8 @@ class Mark(NamedTuple):
 class Stream:
     """A session's stream in its format: the declared one, or the one that its first bytes tell."""
 
-    def __init__(self, name: str, rate: int, channels: int, limit: int) -> None:
+    def __init__(self, options: Options, limit: int) -> None:
+        name, rate, channels = options.format, options.rate, options.channels
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)  # a bare one until it is told
         self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; warnings
         self.ended = self._failed = False  # failed: it was told
@@ -1602,9 +1603,9 @@ class Session:
 
     def __init__(self, services: Services, recording: Recording, options: Options) -> None:
         self.services, self.recording, self.options = services, recording, options
-        self._room = services.settings.upload_bytes - (1 << 13)  # of a file; those are for the form beside it
-        self.most_bytes = min(WINDOW_BYTES, self._room // 2)  # of the stream, in a request
-        self.state, self.stream, self.segmenter = State(), self.listen_anew(), Segmenter()
+        self.space = services.settings.upload_bytes - (1 << 13)  # for a file; the rest is the form's
+        self.most_bytes = min(WINDOW_BYTES, self.space // 2)  # of the stream, in a request
+        self.state, self.stream, self.segmenter = State(), Stream(options, self.space), Segmenter()
         self.client: Client | None = None
         self.abandoned = False  # nobody will come back
         self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
@@ -1647,10 +1648,6 @@ class Session:
     def language(self) -> str:
         """What is spoken, as far as is known."""
         return self.options.language.removeprefix("auto") or self.state.language.settled
-
-    def listen_anew(self) -> Stream:
-        """The stream, of which nothing is heard yet."""
-        return Stream(self.options.format, self.options.rate, self.options.channels, self._room)
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
@@ -1862,7 +1859,7 @@ class Session:
     def within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
         rate = self.stream.format.posted_rate
-        return min(seconds, max(MIN_POST_SECONDS, self._room / rate - LOOKBACK_SECONDS)) if rate else seconds
+        return min(seconds, max(MIN_POST_SECONDS, self.space / rate - LOOKBACK_SECONDS)) if rate else seconds
 
     def _acknowledge(self) -> None:
         now, size = self.segmenter.now, self.recording.size
@@ -1944,13 +1941,13 @@ class Session:
         form, content = self.stream.format, b""
         frames = window.frames.between(window.start - form.lead, window.end)
         begin, end = frames.offsets[0], frames.offsets[-1] + frames.sizes[-1]
-        if end - begin <= self._room:
+        if end - begin <= self.space:
             audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
             places = zip(frames.offsets, frames.sizes, strict=True)
             pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
             async with self.services.converting if form.slow else contextlib.nullcontext():
                 content = await asyncio.to_thread(form.file, pieces, lead)
-        if not 0 < len(content) <= self._room:
+        if not 0 < len(content) <= self.space:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         return content
 
@@ -2500,7 +2497,7 @@ class Ending:
         session, read, now = self._session, self._session.recording.read, -1.0
         for gap in gaps:
             if now < gap.mark.seconds:
-                stream, frames, now = session.listen_anew(), Frames(), gap.mark.seconds
+                stream, frames, now = Stream(session.options, session.space), Frames(), gap.mark.seconds
                 for _ in stream.go_on(gap.mark, read):
                     await session.services.turn.go_on()
             while now < gap.end and not stream.ended:

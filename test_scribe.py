@@ -1341,7 +1341,7 @@ def pcm16(data: bytes, encoding: Encoding) -> NDArray[np.int64]:
 
 
 def stream_of(name: str, rate: int = 0, channels: int = 0) -> scribe.Stream:
-    return scribe.Stream(name, rate, channels, 1 << 24)
+    return scribe.Stream(scribe.Options(name, rate, channels), 1 << 24)
 
 
 def frames_of(stream: scribe.Stream, data: bytes, cuts: Iterable[int]) -> list[scribe.Frame]:
@@ -3436,7 +3436,7 @@ ALL = CUT_FORMATS | WHOLE
 
 def parse(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> tuple[scribe.Format, list[scribe.Frame]]:
     """The frames of a stream that comes in chunks of these sizes, again and again."""
-    stream, frames, at, turn = scribe.Stream("auto", 0, 0, LIMIT), [], 0, 0
+    stream, frames, at, turn = scribe.Stream(scribe.Options(), LIMIT), [], 0, 0
     while at < len(data):
         size = sizes[turn % len(sizes)]
         frames += fed(stream, data[at : at + size])
@@ -3524,7 +3524,7 @@ def test_the_last_page_tells_how_long_a_held_ogg_stream_is() -> None:
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_what_cannot_be_cut_is_refused_once_it_is_too_long(case: str) -> None:
-    data, stream = WHOLE[case](), scribe.Stream("auto", 0, 0, 10_000)
+    data, stream = WHOLE[case](), scribe.Stream(scribe.Options(), 10_000)
     stream.feed(data[:10_000])
     assert not stream.format.error
     stream.feed(data[10_000:10_001])
@@ -3836,7 +3836,7 @@ CRAFTED = {  # streams that cost far more than they look
 def test_reading_pauses_however_much_comes_at_once(case: str) -> None:
     """So that no stream keeps the loop for long: no call does more than some work, and none of it is lost."""
     data = ({**CUT_FORMATS, **CRAFTED})[case]()
-    at_once, in_pieces = scribe.Stream("auto", 0, 0, LIMIT), scribe.Stream("auto", 0, 0, LIMIT)
+    at_once, in_pieces = scribe.Stream(scribe.Options(), LIMIT), scribe.Stream(scribe.Options(), LIMIT)
     batches = [at_once.feed(data)]
     while at_once.format.paused:
         assert at_once.format.place() is None  # in the middle of something, perhaps
@@ -3861,9 +3861,9 @@ def test_a_stream_that_costs_more_than_it_plays_is_an_error(case: str) -> None:
             stream.weigh(20 * (time.thread_time() - begun), seconds)  # as if the machine were slow
         return stream.format.error
 
-    assert "costs" in str(weighed(scribe.Stream("auto", 0, 0, LIMIT), data * 10))
+    assert "costs" in str(weighed(scribe.Stream(scribe.Options(), LIMIT), data * 10))
     for make in CUT_FORMATS.values():
-        assert not weighed(scribe.Stream("auto", 0, 0, LIMIT), make())
+        assert not weighed(scribe.Stream(scribe.Options(), LIMIT), make())
 
 
 def test_a_stream_that_claims_more_than_its_bytes_can_hold_is_an_error() -> None:
