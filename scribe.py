@@ -1354,6 +1354,7 @@ class State:
         self.gaps: list[Gap] = []
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
+        self.options: Options  # what its client decides
         self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
         self.summary: Message | None = None
         self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
@@ -1375,7 +1376,7 @@ class State:
         message = event.get("message", {})
         match event.get("event"):
             case "open":
-                self.opened = event["opened"]
+                self.opened, self.options = event["opened"], Options(**event["options"])
             case "post":
                 self.usage.add(event["seconds"], event.get("retried", False), event.get("fallback", False))
             case "transcription":
@@ -1601,11 +1602,12 @@ class Services:
 class Session:
     """One transcription. `run` it in a task, `attach` clients to it, and `put` into it what they send."""
 
-    def __init__(self, services: Services, recording: Recording, options: Options) -> None:
-        self.services, self.recording, self.options = services, recording, options
+    def __init__(self, services: Services, recording: Recording) -> None:
+        self.services, self.recording, self.state = services, recording, State()
         self.space = services.settings.upload_bytes - (1 << 13)  # for a file; the rest is the form's
         self.most_bytes = min(WINDOW_BYTES, self.space // 2)  # of the stream, in a request
-        self.state, self.stream, self.segmenter = State(), Stream(options, self.space), Segmenter()
+        self.stream: Stream  # it and the segmenter are made when the journal was read
+        self.segmenter: Segmenter
         self.client: Client | None = None
         self.abandoned = False  # nobody will come back
         self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
@@ -1633,21 +1635,12 @@ class Session:
             recording.remove()
             recording.close()
             raise
-        return cls(services, recording, options)
-
-    @classmethod
-    def restore(cls, services: Services, recording: Recording) -> Session:
-        """The session of these files; it reads them when it runs. Raises SpoolError."""
-        try:
-            first, _ = next(iter(recording.events()), ({}, 0))
-            return cls(services, recording, Options(**first["options"]))
-        except (KeyError, TypeError) as error:
-            raise Unreadable(f"the journal cannot be read: {error!r}") from error
+        return cls(services, recording)
 
     @property
     def language(self) -> str:
         """What is spoken, as far as is known."""
-        return self.options.language.removeprefix("auto") or self.state.language.settled
+        return self.state.options.language.removeprefix("auto") or self.state.language.settled
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
@@ -1710,10 +1703,10 @@ class Session:
 
     async def run(self) -> bool:
         """Work until the session is over or at rest; whether it waits for the bucket. Raises SpoolError."""
-        tick = INTERIM_TICK_SECONDS if self.options.interim else TICK_SECONDS
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 await self._remember()
+                tick = INTERIM_TICK_SECONDS if self.state.options.interim else TICK_SECONDS
                 while not self._at_rest():
                     timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
                     await self._wake.wait()
@@ -1763,6 +1756,7 @@ class Session:
                 for event, place in events:
                     self.state.apply(event, place)
                 await self.services.turn.go_on()
+            self.stream = Stream(self.state.options, self.space)
             for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
                 await self.services.turn.go_on()
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
@@ -1864,7 +1858,7 @@ class Session:
     def _acknowledge(self) -> None:
         now, size = self.segmenter.now, self.recording.size
         late = now - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES
-        if self.options.acks and late and self.client and not self.client.notices:
+        if self.state.options.acks and late and self.client and not self.client.notices:
             self._acked = (now, size)
             self._say(status_message("received", "Safe on the server.", received=size))
 
@@ -1961,7 +1955,7 @@ class Session:
         pending.posted, pending.prompt = True, ""
         file = (f"audio.{form.extension}", await self._file(window), form.media_type)
         if prompted:
-            own, most = self.options.prompt, self.services.settings.carry_characters
+            own, most = self.state.options.prompt, self.services.settings.carry_characters
             carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
             pending.prompt = f"{own} {carried}".strip()
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
@@ -1969,7 +1963,7 @@ class Session:
         self._wake.set()  # the next one may wait for a slot now
         self.services.hour.add(seconds, self._clock())
         language = self.language if window.speech < DECIDING_SECONDS else ""
-        options = dataclasses.replace(self.options, language=language or self.options.language)
+        options = dataclasses.replace(self.state.options, language=language or self.state.options.language)
         return Post(file, seconds, options, pending.prompt)
 
     def _settle(self) -> None:
@@ -1977,7 +1971,7 @@ class Session:
         while self._pending and (outcome := self._pending[0].outcome):
             window, transcript = self._pending.popleft().window, self.state.transcript
             if isinstance(outcome, Hypothesis):
-                again = self.options.interim or self._budget.affords_again(window.end)
+                again = self.state.options.interim or self._budget.affords_again(window.end)
                 spoken = outcome.language, window.speech if outcome.words else 0.0
                 self._advance(transcript.settle(outcome, window, again), outcome, window, language=spoken)
                 continue
@@ -2006,7 +2000,7 @@ class Session:
         message |= {"text": spelled(step.words), **span(step), "received": self.recording.size, **more}
         if language := heard.language or self.language:
             message["language"] = language
-        if self.options.words and step.timed:
+        if self.state.options.words and step.timed:
             message["words"] = [{"word": word.text.strip(), **span(word)} for word in step.words]
         return message
 
@@ -2015,7 +2009,7 @@ class Session:
     def _launch_interim(self) -> None:
         """Ask for interim text, if it is time, nothing else is to be done, and money is left for it."""
         segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
-        if not self.options.interim or self.state.over or self._behind():
+        if not self.state.options.interim or self.state.over or self._behind():
             return
         transcript, pace = self.state.transcript, self._budget.pace(self._clock())
         if not interims.due(segmenter, transcript.resume, max(pace, 1.0 + desk.load())):
@@ -2156,13 +2150,7 @@ class Server:
         reading = sum(not session.known.is_set() for session in self._sessions.values())
         if reading >= RESTORES or len(self._sessions) >= self._door.room:
             raise Locked("the server is full: try again in a second")
-        recording = self._services.spool.open(name)
-        try:
-            return self._start(Session.restore(self._services, recording))
-        except SpoolError as error:
-            self._sweep.failed(recording, error)
-            recording.close()
-            raise
+        return self._start(Session(self._services, self._services.spool.open(name)))
 
     def _start(self, session: Session) -> Session:
         name = session.recording.session
@@ -2497,7 +2485,7 @@ class Ending:
         session, read, now = self._session, self._session.recording.read, -1.0
         for gap in gaps:
             if now < gap.mark.seconds:
-                stream, frames, now = Stream(session.options, session.space), Frames(), gap.mark.seconds
+                stream, frames, now = Stream(session.state.options, session.space), Frames(), gap.mark.seconds
                 for _ in stream.go_on(gap.mark, read):
                     await session.services.turn.go_on()
             while now < gap.end and not stream.ended:
@@ -2589,7 +2577,7 @@ class Sweep:
             if left and session.recording.touched <= time.time() - self._grace:  # else another had it
                 await session.abandon()
         except SpoolError as error:  # of another server, or told of already
-            if not isinstance(error, Locked | Unreadable):  # or just gone
+            if not isinstance(error, Locked):  # or just gone
                 self.forget(name)
         except Exception:
             log.exception("session %s cannot be taken up", alias(name))
@@ -3883,7 +3871,7 @@ class Deposit:
             _, kind, header, offset, size = self.about()
             return Upload(self._key(name), kind, header.encode("latin-1"), offset, size, session.recording)
         about: Message = {"session": session.recording.name, "opened": session.state.opened}
-        about |= {"options": dataclasses.asdict(session.options), **(session.state.summary or {})}
+        about |= {"options": dataclasses.asdict(session.state.options), **(session.state.summary or {})}
         for number, segment in enumerate(await session.recording.segments()):
             lines.append(json.dumps(segment, ensure_ascii=False))
             if number % 256 == 0:  # which take some ms

@@ -5495,8 +5495,9 @@ async def test_strange_files_in_the_spool_harm_no_session(env: dict[str, str], s
         await asyncio.sleep(2.5)
         assert (await talk(with_options(server.uri, **RAW_PCM), PCM)).complete
         for number, what in enumerate(STRANGE):
-            status, body, _ = await refused_handshake(with_options(server.uri, session=f"{number:022}"))
-            assert status == 404 and body, what
+            result = await talk(with_options(server.uri, session=f"{number:022}"), b"")
+            assert [message["fatal"] for message in result.messages] == [True], what
+            assert result.codes == [1011], what
             assert f"{number:022}.audio" in left(spool), what
             assert any(alias(f"{number:022}") in line for line in server.lines), what
         assert not any("Traceback" in line for line in server.lines)
