@@ -1292,12 +1292,21 @@ class Spool:
         except OSError as error:
             raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
 
-    def create(self) -> Recording:
-        """A new session. Raises SpoolError."""
+    def create(self, options: Options) -> Recording:
+        """A new session, whose journal begins with what its client decides. Raises SpoolError."""
+        chosen = dataclasses.asdict(options) | {"token": ""}  # it is nobody's business
+        opened = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            return Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
+            recording = Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
         except OSError as error:
             raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
+        try:
+            recording.note({"event": "open", "opened": opened, "options": chosen})
+        except SpoolError:
+            recording.remove()
+            recording.close()
+            raise
+        return recording
 
     def open(self, session: str) -> Recording:
         """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
@@ -1623,19 +1632,6 @@ class Session:
         self._fed = self._left = self._clock()  # when audio last came, when the client went
         self._acked = 0.0, 0  # seconds of audio and bytes at the last `received`
         self._tasks: asyncio.TaskGroup
-
-    @classmethod
-    def begin(cls, services: Services, options: Options) -> Session:
-        """A new session. Raises SpoolError."""
-        options = dataclasses.replace(options, token="")  # it is nobody's business
-        recording, opened = services.spool.create(), datetime.now(UTC).isoformat(timespec="seconds")
-        try:
-            recording.note({"event": "open", "opened": opened, "options": dataclasses.asdict(options)})
-        except SpoolError:
-            recording.remove()
-            recording.close()
-            raise
-        return cls(services, recording)
 
     @property
     def language(self) -> str:
@@ -2150,10 +2146,10 @@ class Server:
         reading = sum(not session.known.is_set() for session in self._sessions.values())
         if reading >= RESTORES or len(self._sessions) >= self._door.room:
             raise Locked("the server is full: try again in a second")
-        return self._start(Session(self._services, self._services.spool.open(name)))
+        return self._start(self._services.spool.open(name))
 
-    def _start(self, session: Session) -> Session:
-        name = session.recording.session
+    def _start(self, recording: Recording) -> Session:
+        name, session = recording.session, Session(self._services, recording)
         self._sessions[name] = session
         self._works[name] = self._tasks.create_task(self._work(name, session))
         return session
@@ -2169,7 +2165,7 @@ class Server:
                     text = "Resumed. Send audio from byte `received` on, then END."
                 else:
                     await self._services.turn.begin()
-                    session, status = self._start(Session.begin(self._services, options)), "ready"
+                    session, status = self._start(self._services.spool.create(options)), "ready"
                     text = "Connected. Send audio, then END."
                     log.info("session %s: begun, %s", session.recording.name, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
