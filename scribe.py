@@ -814,7 +814,6 @@ class Step(NamedTuple):
     words: list[Word]
     start: float  # of the words, in seconds
     end: float
-    timed: bool
 
 
 class Transcript:
@@ -880,7 +879,7 @@ class Transcript:
     def _step(self, heard: float, resume: float, words: list[Word], window: Window, timed: bool) -> Step:
         start, end = (words[0].start, words[-1].end) if words and timed else (window.first, window.last)
         start = max(self.end, min(start, window.end))
-        return Step(heard, resume, words, start, max(start, min(end, window.end)), timed)
+        return Step(heard, resume, words, start, max(start, min(end, window.end)))
 
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
@@ -1996,7 +1995,7 @@ class Session:
         message |= {"text": spelled(step.words), **span(step), "received": self.recording.size, **more}
         if language := heard.language or self.language:
             message["language"] = language
-        if self.state.options.words and step.timed:
+        if self.state.options.words and heard.timed:
             message["words"] = [{"word": word.text.strip(), **span(word)} for word in step.words]
         return message
 
