@@ -1323,19 +1323,16 @@ class Spool:
 
     def sweep(self, grace: float) -> list[str]:
         """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
-        touched, total, paths = dict[str, float](), 0, list[Path]()
+        stats = dict[Path, os.stat_result]()
         with contextlib.suppress(OSError):  # out of descriptors: next time
-            paths = list(self._directory.iterdir())
-        for path in paths:
-            with contextlib.suppress(OSError):  # another process finished it
-                stat = path.stat()
-                total += max(stat.st_size, 1 << 12)  # a block of the disk
-                touched[path.stem] = max(stat.st_mtime, touched.get(path.stem, self._started))
-        self.full = total >= self._limit
-        names = [path.stem for path in paths if path.suffix == ".audio"]
-        self.aside = sum(name.startswith(ASIDE) for name in names)
-        left = time.time() - grace
-        return [name for name in names if SESSION_ID.fullmatch(name) and touched.get(name, math.inf) <= left]
+            for path in self._directory.iterdir():
+                with contextlib.suppress(OSError):  # another process finished it
+                    stats[path] = path.stat()
+        self.full = sum(max(stat.st_size, 1 << 12) for stat in stats.values()) >= self._limit  # in blocks
+        audio = [(path.stem, stat.st_mtime) for path, stat in stats.items() if path.suffix == ".audio"]
+        self.aside = sum(name.startswith(ASIDE) for name, _ in audio)
+        left = time.time() - grace  # who has a session touches its audio
+        return [name for name, at in audio if SESSION_ID.fullmatch(name) and max(at, self._started) <= left]
 
 
 class Gap(NamedTuple):
