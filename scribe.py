@@ -2231,9 +2231,8 @@ def main() -> int:
     """The command: 0 after a clean stop, 1 if it cannot listen, 2 for settings that cannot be used."""
     try:
         settings = Settings.load(sys.argv[1:], os.environ)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
-        for library in ("httpx", "httpcore", "websockets", "botocore", "aiobotocore"):
-            logging.getLogger(library).setLevel(logging.WARNING)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # of libraries, warnings at least
+        log.setLevel(settings.log_level.upper())
         if settings.host not in LOCAL and not settings.scribe_tokens:
             log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
         has_uvloop = importlib.util.find_spec("uvloop") is not None
