@@ -1184,7 +1184,7 @@ def alias(session: str) -> str:
 
 
 class Recording:
-    """The two files of one session, locked by this process. Raises OSError if they cannot be opened."""
+    """The two files of one session, locked by this process. Raises OSError or Locked: it cannot open them."""
 
     def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
         self.session, self.name = session, alias(session)  # its id, which is enough to resume it; for logs
@@ -1196,9 +1196,10 @@ class Recording:
             if stat.st_nlink == 0:  # its owner finished it while we opened the file
                 raise FileNotFoundError(session)
             self.size, self.touched = stat.st_size, stat.st_mtime  # bytes received; when it was left
-            self.begun = self._journal.exists()  # else it was to be removed, or never begun
-            self.end = self._journal.stat().st_size if self.begun else 0  # bytes of the journal
-        except OSError:
+            noted = self._journal.exists()  # else it was to be removed, or never begun
+            self.end = self._journal.stat().st_size if noted else 0  # bytes of the journal
+            self.begun = noted and (self.size > 0 or any(event for event, _ in self.events()))
+        except (OSError, SpoolError):
             os.close(self._file)
             raise
 
@@ -1311,7 +1312,7 @@ class Spool:
         """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
         try:
             recording = Recording(self._directory, session)
-            if recording.begun and (recording.size or any(event for event, _ in recording.events())):
+            if recording.begun:
                 return recording
             with contextlib.closing(recording):  # what a crash has left of its beginning or its removal
                 recording.remove()
