@@ -1174,8 +1174,8 @@ class Locked(SpoolError):
     """The session cannot be had now: another process works on it, or there is no room."""
 
 
-class Unreadable(SpoolError):
-    """The files of a session make no sense."""
+class Unreadable(Exception):
+    """The files of a session make no sense, which is no fault of the spool."""
 
 
 def alias(session: str) -> str:
@@ -1695,7 +1695,7 @@ class Session:
             await client.done.wait()
 
     async def run(self) -> bool:
-        """Work until the session is over or at rest; whether it waits for the bucket. Raises SpoolError."""
+        """Work until over or at rest; tells if it waits for the bucket. Raises SpoolError, Unreadable."""
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 await self._remember()
@@ -2182,7 +2182,7 @@ class Server:
                 self._sweep.postpone(name)
             else:
                 self._sweep.forget(name)
-        except* SpoolError as errors:
+        except* (SpoolError, Unreadable) as errors:
             error: BaseException = errors
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
@@ -2538,8 +2538,7 @@ class Sweep:
 
     def failed(self, recording: Recording, error: BaseException) -> None:
         """Come back to a session that has failed, or set it aside: by its own fault is all but SpoolError."""
-        own = isinstance(error, Unreadable) or not isinstance(error, SpoolError)
-        if self.postpone(recording.session) < ATTEMPTS or not own:
+        if self.postpone(recording.session) < ATTEMPTS or isinstance(error, SpoolError):
             log.error("session %s: %s", recording.name, error)
             return
         with contextlib.suppress(OSError):  # then it stays, and is tried again
