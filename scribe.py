@@ -1356,7 +1356,8 @@ class State:
     """
 
     def __init__(self) -> None:
-        self.transcript, self.usage, self.language = Transcript(), Usage(), Language()
+        self.transcript, self.usage = Transcript(), Usage()
+        self.language = self._last_language = ""  # that long windows have settled; of the last of them
         self.gaps: list[Gap] = []
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
@@ -1408,7 +1409,7 @@ class State:
             case "silent":
                 self.warned = True
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
-        self.language.hear(*event.get("language", ("", 0.0)))
+        self._settle_language(*event.get("language", ("", 0.0)))
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1416,6 +1417,12 @@ class State:
         if "found" in event:
             at = event["found"]
             self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= at < gap.end]
+
+    def _settle_language(self, language: str, seconds: float) -> None:
+        """Take up what a window with so much speech was in. One long window is not enough for a change."""
+        if language and seconds >= DECIDING_SECONDS:
+            self.language = language if language == self._last_language else self.language or language
+            self._last_language = language
 
 
 # ---- Client: what one connection is told, by one writer ----------------------------------------------------
@@ -1633,7 +1640,7 @@ class Session:
     @property
     def language(self) -> str:
         """What is spoken, as far as is known."""
-        return self.state.options.language.removeprefix("auto") or self.state.language.settled
+        return self.state.options.language.removeprefix("auto") or self.state.language
 
     async def attach(self, client: Client, status: str, message: str, after: int = 0) -> None:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
@@ -2852,20 +2859,6 @@ spanish=es sundanese swahili swedish=sv tagalog=tl tajik=tg tamil tatar=tt telug
 turkish=tr turkmen=tk ukrainian urdu uzbek vietnamese welsh=cy yiddish yoruba
 """
 LANGUAGES = {name: code or name[:2] for name, code in re.findall(r"([a-z_]+)=?([a-z]*)", LANGUAGE_NAMES)}
-
-
-class Language:
-    """The language of a session, where the client names none: its long windows settle it. Pure."""
-
-    def __init__(self) -> None:
-        self.settled = ""  # the code; short windows are posted with it
-        self._last = ""  # that of the last long window
-
-    def hear(self, language: str, seconds: float) -> None:
-        """Take up what a window with so much speech was in. One long window is not enough for a change."""
-        if language and seconds >= DECIDING_SECONDS:
-            self.settled = language if language == self._last else self.settled or language
-            self._last = language
 
 
 def read_response(response: httpx.Response) -> dict[str, Any]:

@@ -1651,17 +1651,17 @@ def test_a_recording_may_begin_in_mid_word(seed: int, cut: int) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["", "de", "en", "nn"]), st.sampled_from([1.0, 4.9, 5.0, 12.0]))))
 def test_a_language_changes_only_by_two_long_windows_in_a_row(windows: list[tuple[str, float]]) -> None:
-    language, long = scribe.Language(), list[str]()
+    state, long = scribe.State(), list[str]()
     for name, seconds in windows:
-        before = language.settled
-        language.hear(name, seconds)
+        before = state.language
+        state.apply({"event": "settled", "language": (name, seconds)}, 0)
         long += [name] if name and seconds >= 5 else []
         if before == "":
-            assert language.settled == (long[0] if long else "")
-        elif language.settled != before:
-            assert long[-2:] == [language.settled] * 2
+            assert state.language == (long[0] if long else "")
+        elif state.language != before:
+            assert long[-2:] == [state.language] * 2
         if len(long) >= 2 and long[-1] == long[-2]:
-            assert language.settled == long[-1]
+            assert state.language == long[-1]
 
 
 def test_languages_are_understood_by_name_and_by_code() -> None:
