@@ -485,7 +485,7 @@ class Pcm(Format):
         data = self.drop(ready - ready % unit)
         count = -(-unit // self.encoding.size // self._nth)
         seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
-        for heard in self.encoding.listen(data, self._nth, count):
+        for heard in struct.iter_unpack(f"{count}h", self.encoding.decode(data, self._nth)):
             sound = math.hypot(*heard) / full
             frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
             at += unit
@@ -493,7 +493,7 @@ class Pcm(Format):
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
-        samples = bytes(self.encoding.decode(b"".join(frames[lead:])))
+        samples = self.encoding.decode(b"".join(frames[lead:]))
         samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
         return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
 
@@ -3026,26 +3026,20 @@ class Encoding(NamedTuple):
     tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
     codes: bytes = b""  # what samples of 8 bits stand for, as PCM16
 
-    def listen(self, data: bytes, n: int, count: int) -> Iterator[tuple[int, ...]]:
-        """Every n-th sample as PCM16, in runs of `count`."""
-        if self.size == 2:  # as live audio is: to iterate over a view takes longer
-            return struct.iter_unpack(f"h{2 * n - 2}x" * count, data + bytes(-len(data) % (2 * n)))
-        return struct.iter_unpack(f"{count}h", self.decode(data, n))
-
-    def decode(self, data: bytes, n: int = 1) -> memoryview:
+    def decode(self, data: bytes, n: int = 1) -> bytes:
         """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
         if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
-            return memoryview(data).cast("h")[::n]
+            return memoryview(data).cast("h")[::n].tobytes()
         if self.tag == 3:
             floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
             clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
-            return memoryview(array("h", clipped))
+            return array("h", clipped).tobytes()
         low, high = data[self.size - 2 :: self.size * n], data[self.size - 1 :: self.size * n]
         if self.codes:
             low, high = high.translate(self.codes[0::2]), high.translate(self.codes[1::2])
         samples = bytearray(2 * len(high))
         samples[0::2], samples[1::2] = low, high
-        return memoryview(samples).cast("h")
+        return bytes(samples)
 
 
 ENCODINGS = {
