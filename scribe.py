@@ -2439,9 +2439,8 @@ class Ending:
             self._go_on()
             places = asyncio.Semaphore(FLIGHTS)
             async with asyncio.TaskGroup() as group:
-                async for pending in self._found(sorted(session.state.gaps)):
-                    await places.acquire()
-                    group.create_task(self._fill(pending, places))
+                for gap in session.state.gaps:
+                    group.create_task(self._fill(gap, places))
             session.note("complete", summary=await self._sum_up(), upload=self._deposit.about())
         async with asyncio.TaskGroup() as group:
             upload = group.create_task(self._deposit.store())
@@ -2463,37 +2462,34 @@ class Ending:
         """Let the time begin anew in which a gap must be filled, or all that are left stay."""
         self._until = asyncio.get_running_loop().time() + self._session.services.settings.deadline_seconds
 
-    async def _fill(self, pending: Pending, places: asyncio.Semaphore) -> None:
-        session, start, until = self._session, pending.window.start, 0.0
-        clock = asyncio.get_running_loop().time
-        while until < self._until and until <= clock() and not isinstance(pending.outcome, Hypothesis):
-            until = self._until  # a slow endpoint may have filled others meanwhile: then there is more time
-            await session.transcribe(pending, until)
-        places.release()
+    async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
+        session, until, clock = self._session, 0.0, asyncio.get_running_loop().time
+        async with places:
+            pending = await self._found(gap)
+            while until < self._until and until <= clock() and not isinstance(pending.outcome, Hypothesis):
+                until = self._until  # a slow endpoint may have filled others meanwhile: there is more time
+                await session.transcribe(pending, until)
         if isinstance(pending.outcome, Hypothesis):
             self._go_on()
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
-            step = Transcript(start).settle(outcome, pending.window)
+            step = Transcript(gap.start).settle(outcome, pending.window)
             message = {"message": session.final(step, outcome, late=True)} if step.words else {}
-            session.note("transcription" if step.words else "filled", found=start, **message)
+            session.note("transcription" if step.words else "filled", found=gap.start, **message)
 
-    async def _found(self, gaps: Iterable[Gap]) -> AsyncIterator[Pending]:
-        """The windows of gaps, in order; their frames are found again, from their marks on."""
-        session, read, now = self._session, self._session.recording.read, -1.0
-        for gap in gaps:
-            if now < gap.mark.seconds:
-                stream, frames, now = Stream(session.state.options, session.space), Frames(), gap.mark.seconds
-                for _ in stream.go_on(gap.mark, read):
-                    await session.services.turn.go_on()
-            while now < gap.end and not stream.ended:
-                more = stream.behind(session.recording.size)
-                for frame in stream.read_on(read, session.recording.size) if more else stream.end():
-                    now += frame.seconds
-                    frames.append(frame, now)
-                frames.forget(gap.start - LOOKBACK_SECONDS)
-                await session.services.turn.go_on()
-            start, end, found = gap.start, gap.end, frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
-            yield Pending(Window(start, end, start, end, end - start, True, found), again=gap.again)
+    async def _found(self, gap: Gap) -> Pending:
+        """The window of a gap; its frames are found again, from its mark on."""
+        session, read, size = self._session, self._session.recording.read, self._session.recording.size
+        stream, frames, now = Stream(session.state.options, session.space), Frames(), gap.mark.seconds
+        for _ in stream.go_on(gap.mark, read):
+            await session.services.turn.go_on()
+        while now < gap.end and not stream.ended:
+            for frame in stream.read_on(read, size) if stream.behind(size) else stream.end():
+                now += frame.seconds
+                frames.append(frame, now)
+            frames.forget(gap.start - LOOKBACK_SECONDS)
+            await session.services.turn.go_on()
+        start, end, found = gap.start, gap.end, frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
+        return Pending(Window(start, end, start, end, end - start, True, found), again=gap.again)
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
