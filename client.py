@@ -40,7 +40,7 @@ import threading
 import time
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
 from io import FileIO, StringIO, TextIOWrapper
@@ -80,20 +80,18 @@ class Lost(Exception):
 
 WIRE_OPTIONS = ("format", "rate", "channels", "language", "prompt", "task", "interim", "words")
 MAX_CHUNK = 2**20  # bytes; the server takes no longer message
+MAX_JOBS, MAX_CLIENTS = 100, 10_000
 
 
-def chunk_size(text: str) -> int:
-    """A number of bytes that fits into one message."""
-    if not 1 <= int(text) <= MAX_CHUNK:
-        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_CHUNK} bytes")
-    return int(text)
+def one_to(most: int) -> Callable[[str], int]:
+    """What reads a number from 1 on."""
 
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and 1 <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"must be a number from 1 to {most}, not {text!r}")
+        return int(text)
 
-def count(text: str) -> int:
-    """How many there are of something that there must be."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
+    return parse
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -110,9 +108,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--output", choices=("txt", "srt", "vtt", "json"), default="txt", help="default: txt, as it comes")
     add("--save", metavar="FILE", help="keep what comes from the microphone or a pipe; raw audio as WAV")
     add("--force", action="store_true", help="write over files that exist")
-    add("--jobs", type=count, default=4, metavar="N", help="files at once (default: %(default)s)")
-    add("--load", type=count, metavar="N", help="be N clients that stream a file at once, and print delays")
-    add("--chunk-size", type=chunk_size, default=4096, metavar="BYTES", help="default: %(default)s")
+    add("--jobs", type=one_to(MAX_JOBS), default=4, metavar="N", help="files at once (default: %(default)s)")
+    add("--load", type=one_to(MAX_CLIENTS), metavar="N", help="be N clients of a file at once; print delays")
+    add("--chunk-size", type=one_to(MAX_CHUNK), default=4096, metavar="BYTES", help="default: %(default)s")
     add("--realtime", action="store_true", help="send WAV or raw audio at the speed at which it plays")
     add("--no-resume", dest="resume", action="store_false", help="give up when the connection is lost")
     add("--retry-seconds", type=float, default=120, metavar="S", help="to reconnect (default: %(default)s)")
@@ -170,12 +168,7 @@ def parse_options() -> argparse.Namespace:
 KEEP_BYTES = 2**25  # of a pipe: 17 minutes at 16 kHz, 3 at 48 kHz stereo; more than --retry-seconds
 READ_BYTES = 2**16  # all that a pipe holds on Linux
 HEAD_BYTES = 2**12  # of a stream, where WAV tells its rate
-RAW = {
-    "pcm_s16le": (1, 2),
-    "pcm_f32le": (3, 4),
-    "mulaw": (7, 1),
-    "alaw": (6, 1),
-}  # tag in WAV, bytes a sample
+RAW = {"pcm_s16le": (1, 2), "pcm_f32le": (3, 4), "mulaw": (7, 1), "alaw": (6, 1)}  # tag of WAV, sample bytes
 UNKNOWN_SIZE = 2**32 - 1  # in a WAV header: to the end of the file
 
 
@@ -484,13 +477,13 @@ def open_audio(options: argparse.Namespace, name: str) -> Audio:
     byte_rate = width * (options.rate or 16000) * (options.channels or 1) or None
     try:
         file = FileIO(0, closefd=False) if name == "-" else FileIO(name)
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            audio = FileAudio(file, byte_rate)
-            if options.save:
-                raise Failure("it is a file already, and --save would only copy it: leave --save out")
-            return audio
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        if regular and not options.save:
+            return FileAudio(file, byte_rate)
     except (OSError, ValueError, Failure) as error:  # ValueError: a null byte in the name
         raise Failure(f"cannot read {name}: {reason(error)}") from None
+    if regular:
+        raise Failure(f"{name} is a file already, which --save would only copy: leave --save out")
     pipe = PipeAudio(byte_rate, Keeper(options) if options.save else None)
     pipe.pump(file)
     return pipe
@@ -664,9 +657,8 @@ class Subtitles:
 
         def unevenness(at: int) -> float:
             upper, lower = self.width(begin, at), self.width(at, end)
-            return (
-                abs(upper - lower) / 4 + self.break_cost(at) * 2 + 1000 * (max(upper, lower) > LINE_COLUMNS)
-            )
+            too_long = max(upper, lower) > LINE_COLUMNS
+            return abs(upper - lower) / 4 + 2 * self.break_cost(at) + 1000 * too_long
 
         at = min(range(begin + 1, end), key=unevenness)
         return f"{self.line(begin, at)}\n{self.line(at, end)}"
@@ -693,9 +685,7 @@ DRAW_SECONDS = 0.1
 DIM, PLAIN, END_LINE, END_SCREEN, UP = "\x1b[2m", "\x1b[m", "\x1b[K", "\x1b[J", "\x1b[A"  # ECMA-48
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)])  # what a terminal might obey
 BAR, NAME = 20, 24  # columns
-WORD = re.compile(
-    "[\u2e80-\u9fff]|[^\\W\u2e80-\u9fff]+(?:['’]\\w+)?"
-)  # where there are no spaces, a character
+WORD = re.compile("[\u2e80-\u9fff]|[^\\W\u2e80-\u9fff]+(?:['’]\\w+)?")  # of Han and kana, a character
 
 
 def one_line(text: str) -> str:
@@ -810,7 +800,6 @@ class Display:
     def __init__(self) -> None:
         self.segments: dict[int, Message] = {}
         self.complete: Message = {}
-        self.notes: list[str] = []
         self.interim = ""
         self.interim_start = 0.0  # seconds
         self.sent = ""  # how much, for the progress
@@ -835,7 +824,9 @@ class Display:
 
     def note(self, text: str) -> None:
         """A message to the user."""
-        self.notes.append(text)
+
+    def finishing(self, message: Message) -> None:
+        """All is sent, and some parts are still left."""
 
     def lines(self, width: int) -> list[str]:
         """The live area."""
@@ -866,14 +857,16 @@ class TextDisplay(Display):
     def note(self, text: str) -> None:
         self.screen.note(text)
 
+    def finishing(self, message: Message) -> None:
+        self.note(f"{message['message']} ({message['left']} left)")
+
     def lines(self, width: int) -> list[str]:
         lines = []
         if self.screen.shows_interim and self.interim:
             lines.append(DIM + fit(self.interim, width) + PLAIN)
         if self.screen.shows_progress and self.sent:
-            lines.append(
-                fit(f"{self.sent} sent, {self.transcribed:.1f} s transcribed, {self.words} words", width)
-            )
+            progress = f"{self.sent} sent, {self.transcribed:.1f} s transcribed, {self.words} words"
+            lines.append(fit(progress, width))
         return lines
 
     def finish(self) -> None:
@@ -897,18 +890,25 @@ class FileDisplay(Display):
         self.screen = screen
         self.name = name
         self.audio = audio
+        self.left = ""
 
     def note(self, text: str) -> None:
         self.screen.note(f"{self.name}: {text}")
+
+    def finishing(self, message: Message) -> None:
+        self.left = f", {message['left']} left"
 
     def lines(self, width: int) -> list[str]:
         if not self.screen.shows_progress:
             return []
         rate, size = self.audio.byte_rate, max(1, self.audio.size)
         share = min(1.0, (self.transcribed * rate if rate else self.audio.reached) / size)
-        name = fit(self.name, NAME)
-        bar = f"{name}{' ' * (NAME - columns(name))} [{'#' * int(BAR * share):<{BAR}}] {share:4.0%}"
-        return [fit(f"{bar}, {self.transcribed:.1f} s, {self.words} words", width)]
+        done = (
+            f" [{'#' * int(BAR * share):<{BAR}}] {share:4.0%}, {self.transcribed:.1f} s, {self.words} words"
+        )
+        room = max(1, min(NAME, width - len(done + self.left)))
+        name = fit(self.name, room)
+        return [name + " " * (room - columns(name)) + done + self.left]
 
 
 # Session. One transcription, over as many connections as it takes. The server's first message on each says
@@ -1109,10 +1109,11 @@ class Session:
                 self.display.interim_start = float(message["start"])
             case "error", _ if message.get("fatal"):
                 self.fatal = message["message"]
-            case ("error", _) | ("status", "degraded" | "finishing" | "silent"):
-                left = f" ({message['left']} left)" if "left" in message else ""
+            case "status", "finishing":
+                self.display.finishing(message)
+            case ("error", _) | ("status", "degraded" | "silent"):
                 level = f" (level: {message['level']})" if "level" in message else ""
-                self.display.note(f"{message['message']}{left}{level}")
+                self.display.note(message["message"] + level)
         if message.get("received", 0) > self.received:
             self.received = message["received"]
             self.audio.forget(self.received)
@@ -1188,7 +1189,6 @@ class Files:
         self.ctrl_c = ctrl_c
         self.failed: list[str] = []
         self.skipped = 0
-        self.unknown = 0  # sessions that have ended without a bill
         self.total = collections.Counter[str]()
         self.unserved = False
 
@@ -1243,31 +1243,39 @@ class Files:
             return self.fail(name, str(failure))
         display = FileDisplay(self.screen, name, audio)
         self.screen.live.append(display)
-        why = ""
         try:
             await self.ctrl_c.run(Session(self.options, audio, display))
+            said = self.write(self.written(name), display)
+            self.written(name, ".partial").unlink(missing_ok=True)
+            self.screen.note(f"{name}: {said}.")
         except Failure as failure:
             self.unserved = self.unserved or isinstance(failure, Unserved)
-            why = str(failure)
-        self.screen.live.remove(display)
-        self.add(display)
-        try:
-            self.conclude(name, display, why)
-        except OSError as error:
-            self.fail(name, f"{name}: cannot write its text: {reason(error)}")
+            self.fail(name, f"{name}: {failure}{self.rest(name, display)}")
+        finally:
+            self.screen.live.remove(display)
+            self.add(display)
         return None
 
-    def conclude(self, name: str, display: FileDisplay, why: str) -> None:
-        """Write the text, and say so."""
-        if not why:
-            write_whole(self.written(name), display.result(self.options.output))
-            self.written(name, ".partial").unlink(missing_ok=True)
-            self.screen.note(f"{name}: {display.words} words, in {self.written(name)}.")
-        elif display.spoken():
-            write_whole(path := self.written(name, ".partial"), display.result(self.options.output))
-            self.fail(name, f"{name}: {why}; the text so far is in {path}")
-        else:
-            self.fail(name, f"{name}: {why}")
+    def rest(self, name: str, display: FileDisplay) -> str:
+        """Write what there is of a text; returns what to say of it, behind why it is not all."""
+        try:
+            return f"; {self.write(self.written(name, '.partial'), display)}" if display.spoken() else ""
+        except Failure as failure:
+            return f"; {failure}"
+
+    def write(self, path: Path, display: FileDisplay) -> str:
+        """Write a text; returns what to say of it. The file is there whole or not at all."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            text = display.result(self.options.output)
+            temporary.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise Failure(f"cannot write {path}: {reason(error)}") from None
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        return f"{display.words} words are in {path}"
 
     def fail(self, name: str, why: str) -> None:
         """Say why a file is not transcribed."""
@@ -1276,34 +1284,23 @@ class Files:
 
     def add(self, display: Display) -> None:
         """Add up what a session was told at its end."""
-        usage = display.complete.get("usage") or {}
-        self.unknown += "billed_seconds" not in usage
+        usage = display.complete.get("usage", {})
         self.total["audio"] += display.complete.get("duration", 0)
         self.total["billed"] += usage.get("billed_seconds", 0)
         self.total["silent"] += usage.get("silent_seconds", 0)
         self.total["words"] += display.words
         self.total["gaps"] += len(display.complete.get("gaps", ()))
+        self.total["open"] += bool(display.sent and not usage)
 
     def summary(self) -> str:
         """What all files came to."""
         total, given = self.total, len(self.options.audio)
         whole = given - self.skipped - len(self.failed)
-        least = f", and what {self.unknown} without an end cost" if self.unknown else ""
-        return (
-            f"{whole} of {given} files transcribed, {self.skipped} skipped, {len(self.failed)} failed: "
-            f"{total['audio']:.1f} s of audio, {total['silent']:.1f} s of it silent, "
-            f"{total['billed']} s billed{least}, {total['words']} words, {total['gaps']} gaps."
-        )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(f"{text}\n", encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        files = f"{whole} of {given} files transcribed, {self.skipped} skipped, {len(self.failed)} failed"
+        least = "at least " if total["open"] else ""  # it is not known what a session without an end cost
+        spent = f"{total['audio']:.1f} s of audio, {total['silent']:.1f} s of it silent"
+        found = f"{least}{total['billed']} s billed, {total['words']} words, {total['gaps']} gaps"
+        return f"{files}: {spent}, {found}."
 
 
 # Load. First the file alone, in real time, to compare with; then as many clients as are asked for. They begin
@@ -1415,7 +1412,12 @@ class Load:
         sessions = await self.stream(self.options.load)
         rows = [self.row("alone", [alone], alone), self.row("at once", sessions, alone)]
         self.screen.write("\n".join((self.HEADING, *rows)), sys.stdout)
-        self.remark(sessions)
+        if (late := max(session.late for session in sessions)) > LATE_SECONDS:
+            self.screen.note(
+                f"Audio was sent up to {late:.1f} s late: connections were lost, or we are too slow."
+            )
+        if self.ctrl_c.pressed.is_set():
+            self.screen.note("Stopped by Ctrl-C: what was not sent any more counts as lost.")
         if failures := [session.failure for session in sessions if session.failure]:
             (first, times), *_ = collections.Counter(failures).most_common()
             raise Failure(f"{len(failures)} of {len(sessions)} clients failed; {times} of them: {first}")
@@ -1428,18 +1430,6 @@ class Load:
         lost, changed = map(sum, zip(*(lost_words(expected, s.words()) for s in sessions), strict=True))
         times, words = (f"{rank:.2f}" for rank in ranks), len(expected) * len(sessions)
         return self.ROW.format(name, len(sessions), errors, len(delays), *times, words, lost, changed)
-
-    def remark(self, sessions: Sequence[LoadSession]) -> None:
-        """What the table does not tell."""
-        if self.ctrl_c.pressed.is_set():
-            self.screen.note("Stopped by Ctrl-C: what was not sent any more counts as lost.")
-        if (late := max(session.late for session in sessions)) > LATE_SECONDS:
-            self.screen.note(
-                f"Audio was sent up to {late:.1f} s late: by lost connections, or a slow machine here."
-            )
-        notes = collections.Counter(note for session in sessions for note in session.display.notes)
-        for note, times in notes.most_common(5):
-            self.screen.note(f"Told {times} times: {note}")
 
 
 async def run(options: argparse.Namespace) -> None:

@@ -8499,7 +8499,7 @@ def test_a_text_with_gaps_is_not_taken_for_whole_by_the_next_run(audio: Path, re
     gapped.complete = {"gaps": [{"start": 1.5, "end": 4}], "usage": {"billed_seconds": 1}}
     code, _, err = client(Choir(gapped), *recordings[:2], "--jobs", "1")
     assert (code, written(audio)) == (1, {"a.partial.txt": words(5), "b.txt": words(5)})
-    assert "not transcribed: 1.5 to 4.0 s; the text so far is in" in err and "1 gaps" in err
+    assert "not transcribed: 1.5 to 4.0 s; 10 words are in" in err and "1 gaps" in err
     code, _, err = client(Choir(), *recordings[:2])
     assert (code, written(audio)) == (0, {"a.txt": words(5), "b.txt": words(5)})
 
@@ -8537,11 +8537,17 @@ def test_a_text_that_cannot_be_written_leaves_nothing_behind(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    client_py.write_whole(path := tmp_path / "a.txt", "before")
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        client_py.write_whole(path, "after")
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["before\n"]
+    options = argparse.Namespace(output="txt", audio=[])
+    files = client_py.Files(options, screen := client_py.Screen(), client_py.CtrlC(screen))
+    display = client_py.FileDisplay(screen, "a.wav", cast(client_py.FileAudio, None))
+    display.transcription(FakeScribe.segment(1))
+    path = tmp_path / "a.txt"
+    assert files.write(path, display) == f"2 words are in {path}"
+    display.transcription(FakeScribe.segment(2))
+    with monkeypatch.context() as patched, pytest.raises(client_py.Failure, match="No space"):
+        patched.setattr(Path, "replace", full)
+        files.write(path, display)
+    assert [file.read_text() for file in tmp_path.iterdir()] == [words(1)]
 
 
 def test_a_terminal_shows_a_bar_for_each_file(recordings: list[str]) -> None:
