@@ -448,7 +448,8 @@ class Microphone(PipeAudio):
         if sys.platform != "win32":
             self.recorder.terminate()
         elif self.recorder.stdin:  # a process can only be killed there, but ffmpeg takes a q
-            self.recorder.stdin.write(b"q")
+            with suppress(OSError):
+                self.recorder.stdin.write(b"q")
 
     def _give_up(self, recorder: subprocess.Popen[bytes]) -> None:
         if recorder.poll() is None:
@@ -965,7 +966,9 @@ class Session:
         if not self.sent_all:
             raise Failure("the server ended the session before all audio was sent")
         if not self.position:
-            raise Failure("there was no audio to send: is the program in front of the pipe well?")
+            raise Failure(
+                "there was no audio to send: look after the microphone, or what writes into the pipe"
+            )
 
     async def pause(self, lost: Lost) -> None:
         """Wait before the next attempt; raise Failure if there should be none."""

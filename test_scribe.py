@@ -8224,7 +8224,8 @@ with open({log!r}, "w") as log:
     print(os.getpid(), *sys.argv[1:], os.environ.get("AUDIODEV", ""), file=log)
 os.write(1, bytes({size}))
 {then}
-time.sleep(60)
+for _ in range(600):
+    time.sleep(0.05)  # a signal just before a longer one would wait for its end
 """
 
 
@@ -8664,8 +8665,9 @@ def test_cues_hold_all_text_once_in_lines_that_fit_and_do_not_overlap(segments: 
 def test_words_keep_their_times_whoever_spells_them(texts: list[str], seed: int) -> None:
     """A cue begins with its first word and lasts until its last, if that is a second."""
     rng, at, words = random.Random(seed), 5.0, list[Message]()
+    pauses = rng.choice(((0.05, 0.4, 1.4), (0.5, 0.7)))
     for text in texts:
-        at += rng.choice((0.05, 0.4, 1.4))
+        at += rng.choice(pauses)
         words.append({"word": text.strip(".,;!?").upper(), "start": at, "end": at + 0.4})
         at += 0.4
     segment = {"text": " ".join(texts), "start": 5.0, "end": at + 0.1, "words": words}
@@ -8705,11 +8707,19 @@ def test_a_text_without_spaces_is_broken_by_columns_and_not_in_front_of_a_stop()
         assert 0 < client_py.columns(line) <= 42 and line[0] not in "，。"
 
 
+def test_brackets_and_stops_stay_with_what_they_belong_to() -> None:
+    segment = {"text": "他说“很好”，「これ」。 我用Python写 “so be it”", "start": 0.0, "end": 9.0}
+    units = [unit.text for unit in client_py.units_of(segment)]
+    assert " ".join(units) == "他 说 “很 好”， 「こ れ」。 我 用 Python 写 “so be it”"
+
+
 def test_short_words_last_a_second_and_silence_is_not_spanned() -> None:
     yes, no = {"text": "Yes.", "start": 3.0, "end": 3.2}, {"text": "No.", "start": 8.0, "end": 8.3}
     assert cues_of(yes, no) == [(3.0, 4.0, "Yes."), (8.0, 9.0, "No.")]
     so = {"text": "So it is", "start": 8.3, "end": 9.5}
     assert cues_of(no, so) == [(8.0, 9.5, "No. So it is")]
+    endless = {"text": "x" * 43, "start": 8.4, "end": 9.5}  # stands alone, and begins in time
+    assert cues_of(no, endless) == [(pytest.approx(7.4), 8.4, "No."), (8.4, 9.5, "x" * 43)]
 
 
 @pytest.mark.parametrize(
@@ -8791,11 +8801,11 @@ def test_a_delay_counts_from_when_the_audio_of_a_final_was_sent(
         session.show_position()
         now += 1
     now = 110.0
-    for n, end in enumerate((0.25, 0.26, 0.75, 9.9)):  # 40,000 bytes are a second
+    for n, end in enumerate((0.25, 0.2505, 0.45, 0.75, 9.9)):  # 40,000 bytes are a second
         session.handle({"type": "transcription", "sequence": n, "text": "so", "start": 0.0, "end": end})
     session.handle({"type": "transcription", "sequence": 1, "text": "so", "start": 0.0, "end": 0.1})
     source.close()
-    assert session.delays == [10.0, 9.0, 6.0, 6.0]
+    assert session.delays == [10.0, 9.0, 9.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(
