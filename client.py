@@ -1283,7 +1283,7 @@ class Files:
     def fail(self, name: str, why: str) -> None:
         """Say why a file is not transcribed."""
         self.failed.append(name)
-        self.screen.note(f"{why}.")
+        self.screen.note(f"{why.removesuffix('.')}.")
 
     def add(self, display: Display) -> None:
         """Add up what a session was told at its end."""
