@@ -1012,12 +1012,9 @@ class Desk:
         if self._fallback:
             await self._fallback.close()
 
-    async def final(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
-        """The answer to a post that must be answered, and is worth being tried `again`.
-
-        Raises EndpointError if trying again does not help, or has not before the deadline, or before a time.
-        Waiting for other requests does not count, waiting for a dead endpoint does.
-        """
+    async def answer(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
+        """The answer to a post. Raises EndpointError: trying `again` does not help, or not before a time."""
+        # of the deadline: waiting for other requests does not count, waiting for a dead endpoint does
         left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
             patient = min(until, self._clock() + self._settings.deadline_seconds)
@@ -1036,11 +1033,6 @@ class Desk:
                     if not error.again or left < 0 or self._clock() + delay > until:
                         raise
             await asyncio.sleep(delay)
-
-    async def interim(self, session: object, prepare: Prepare) -> dict[str, Any]:
-        """The answer to a post that may go unanswered, when `spare` says so. Raises EndpointError."""
-        async with self._slot(session, self._clock()) as desk:
-            return await desk._ask(await prepare(desk is not self))
 
     def spare(self) -> bool:
         """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
@@ -1904,12 +1896,12 @@ class Session:
                 pending.outcome = Hypothesis([], timed=False)
                 return
             prepare = functools.partial(self._post, pending)
-            answer = await self.services.desk.final(self, prepare, until, pending.again)
+            answer = await self.services.desk.answer(self, prepare, until, pending.again)
             hypothesis = read_answer(answer, pending.window)
             doubt = echo(hypothesis, pending.prompt, pending.window.speech)
             if doubt and self._budget.share(self._clock()) < 1:
                 bare = functools.partial(prepare, prompted=False)
-                answer = await self.services.desk.final(self, bare, until, pending.again)
+                answer = await self.services.desk.answer(self, bare, until, pending.again)
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
         except EndpointError as error:
@@ -2030,7 +2022,8 @@ class Session:
         try:
             if await self._is_silent(interim):
                 raise EndpointError("nobody speaks")
-            answer = await self.services.desk.interim(self, functools.partial(self._post, interim))
+            prepare = functools.partial(self._post, interim)
+            answer = await self.services.desk.answer(self, prepare, self._clock(), again=False)
             hypothesis = read_answer(answer, interim.window)
             if echo(hypothesis, interim.prompt, interim.window.speech):
                 raise EndpointError("the endpoint may repeat the prompt")

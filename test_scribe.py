@@ -2083,10 +2083,10 @@ def test_a_hung_request_is_given_up_in_seconds_where_answers_are_quick() -> None
         ear = Ear(1.0)
         desk = desk_of(ear)
         for n in range(8):
-            await desk.final(object(), ready(str(n)), math.inf, True)
+            await desk.answer(object(), ready(str(n)), math.inf, True)
         ear.seconds, began = 300.0, now()
         asyncio.get_running_loop().call_later(2.0, setattr, ear, "seconds", 1.0)
-        assert await desk.final(object(), ready("hung"), math.inf, True) == {"text": "hung"}
+        assert await desk.answer(object(), ready("hung"), math.inf, True) == {"text": "hung"}
         assert 5 <= now() - began <= 12
 
     virtually(main())
@@ -2097,7 +2097,7 @@ def test_a_slow_endpoint_is_waited_for_and_not_asked_twice() -> None:
         ear = Ear(40.0)
         desk = desk_of(ear)
         for n in range(4):
-            await desk.final(object(), ready(str(n)), math.inf, True)
+            await desk.answer(object(), ready(str(n)), math.inf, True)
         assert [name for _, name in ear.asked] == ["0", "1", "2", "3"]
 
     virtually(main())
@@ -2135,13 +2135,13 @@ def test_what_is_refused_of_one_client_is_not_laid_to_the_key_of_all() -> None:
     async def main() -> None:
         ear = Ear(0.1)
         desk = desk_of(ear)
-        await desk.final(object(), ready("honest"), math.inf, True)
+        await desk.answer(object(), ready("honest"), math.inf, True)
         ear.fault = lambda: scribe.Useless("403") if ear.asked[-1][1] == "hostile" else None
         with pytest.raises(scribe.Useless):
-            await desk.interim(object(), ready("hostile"))
+            await desk.answer(object(), ready("hostile"), 0.0, False)
         assert not desk.trouble()
         began = now()
-        await desk.final(object(), ready("honest"), math.inf, True)
+        await desk.answer(object(), ready("honest"), math.inf, True)
         assert now() - began < 1
 
     virtually(main())
@@ -2184,7 +2184,7 @@ def test_stray_refusals_slow_nobody_down() -> None:
         async def one(n: int) -> None:
             await asyncio.sleep(1.5 * n)
             began = now()
-            await desk.final(object(), ready(str(n)), math.inf, True)
+            await desk.answer(object(), ready(str(n)), math.inf, True)
             late.append(now() - began)
 
         async with asyncio.TaskGroup() as group:
@@ -2214,7 +2214,7 @@ def test_a_limit_is_found_and_kept_to() -> None:
         ear.fault = over
         async with asyncio.TaskGroup() as group:
             for n in range(600):
-                group.create_task(desk.final(object(), ready(str(n)), math.inf, True))
+                group.create_task(desk.answer(object(), ready(str(n)), math.inf, True))
         assert refused <= 0.03 * 600, refused
         assert now() - 1000 <= 1.25 * 600, "the limit is used"
 
@@ -2302,11 +2302,11 @@ def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
         flood, quiet = object(), object()
         async with asyncio.TaskGroup() as group:
             for n in range(20):
-                group.create_task(desk.final(flood, ready(f"flood {n}"), math.inf, True))
+                group.create_task(desk.answer(flood, ready(f"flood {n}"), math.inf, True))
             await asyncio.sleep(0.1)
             began = now()
             for n in range(3):
-                await desk.final(quiet, ready(f"quiet {n}"), math.inf, True)
+                await desk.answer(quiet, ready(f"quiet {n}"), math.inf, True)
             assert now() - began < 3 * 2.1, "waits for no more than the request in front of it"
         assert ear.peak == 2
         order = [name for _, name in ear.asked if name.startswith("flood")]
@@ -2321,12 +2321,12 @@ def test_an_interim_takes_only_what_no_final_wants() -> None:
         desk, session = desk_of(ear, concurrency=1), object()
         assert desk.spare()
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(session, ready("final"), math.inf, True))
+            group.create_task(desk.answer(session, ready("final"), math.inf, True))
             await asyncio.sleep(0.1)
             assert not desk.spare()
             with pytest.raises(scribe.EndpointError):
-                await desk.interim(session, ready("interim"))
-        assert await desk.interim(session, ready("interim")) == {"text": "interim"}
+                await desk.answer(session, ready("interim"), 0.0, False)
+        assert await desk.answer(session, ready("interim"), 0.0, False) == {"text": "interim"}
         assert [name for _, name in ear.asked] == ["final", "interim"]
 
     virtually(main())
@@ -2339,10 +2339,10 @@ def test_429_holds_everybody_back_for_as_long_as_it_says() -> None:
         faults = iter([limited(5.0)])
         ear.fault = lambda: next(faults, None)
         async with asyncio.TaskGroup() as group:
-            group.create_task(desk.final(object(), ready("one"), math.inf, True))
+            group.create_task(desk.answer(object(), ready("one"), math.inf, True))
             await asyncio.sleep(0.5)
             began = now()
-            group.create_task(desk.final(object(), ready("two"), math.inf, True))
+            group.create_task(desk.answer(object(), ready("two"), math.inf, True))
         assert sorted(name for _, name in ear.asked) == ["one", "one", "two"]
         assert ear.asked[1][0] >= began - 0.5 + 5.0
         assert now() - began < 10, "and not much longer"
@@ -2356,7 +2356,7 @@ def test_a_rate_limit_is_kept() -> None:
         desk = desk_of(ear, requests_per_minute=30)
         async with asyncio.TaskGroup() as group:
             for _ in range(90):
-                group.create_task(desk.final(object(), ready(""), math.inf, True))
+                group.create_task(desk.answer(object(), ready(""), math.inf, True))
         times = [at for at, _ in ear.asked]
         assert all(after - before >= 60 - 0.2 for before, after in zip(times, times[30:], strict=False))
 
@@ -2370,7 +2370,7 @@ def test_an_endpoint_that_fails_again_and_again_is_probed_by_one_request_at_a_ti
         ear.fault = lambda: DEAD if now() < began + 20 else None
         async with asyncio.TaskGroup() as group:
             for n in range(12):
-                group.create_task(desk.final(object(), ready(str(n)), math.inf, True))
+                group.create_task(desk.answer(object(), ready(str(n)), math.inf, True))
             await asyncio.sleep(6)
             ear.peak = 0
             asked = len(ear.asked)
@@ -2388,11 +2388,11 @@ def test_a_long_wait_that_one_answer_asks_for_is_not_laid_to_an_outage_behind_it
         desk, began = desk_of(ear), now()
         ear.fault = lambda: scribe.EndpointError("503", wait=3600.0)
         with pytest.raises(scribe.EndpointError):
-            await desk.interim(object(), ready("refused"))
+            await desk.answer(object(), ready("refused"), 0.0, False)
         ear.fault = lambda: DEAD if now() < began + 10 else None
         async with asyncio.TaskGroup() as group:
             for n in range(6):
-                group.create_task(desk.final(object(), ready(str(n)), math.inf, True))
+                group.create_task(desk.answer(object(), ready(str(n)), math.inf, True))
         assert now() - began < 40
 
     virtually(main())
@@ -2407,7 +2407,7 @@ def test_a_final_is_given_up_at_its_deadline_or_when_there_is_no_hope(
         desk, began = desk_of(ear), now()
         ear.fault = lambda: scribe.EndpointError("no", again=again)
         with pytest.raises(scribe.EndpointError):
-            await desk.final(object(), ready("doomed"), math.inf, True)
+            await desk.answer(object(), ready("doomed"), math.inf, True)
         assert least <= now() - began <= most
 
     virtually(main())
