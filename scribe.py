@@ -922,12 +922,9 @@ class Whisper:
         translate = url.replace("/audio/transcriptions", "/audio/translations")
         self._urls = {"transcribe": url, "translate": translate}
         name, key = settings.key_header, settings.openai_api_key
-        bare = name.lower() != "authorization"
-        self._client = httpx.AsyncClient(
-            headers={name: key if bare else f"Bearer {key}"} if key else {},
-            timeout=None,  # the desk knows how long to wait
-            limits=httpx.Limits(max_connections=settings.concurrency),
-        )
+        headers = {name: f"Bearer {key}" if name.lower() == "authorization" else key} if key else {}
+        limits = httpx.Limits(max_connections=settings.concurrency)
+        self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # that is the desk's
 
     async def close(self) -> None:
         """Close the connections."""
@@ -947,13 +944,12 @@ class Whisper:
                 return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
-        refused, language = self._refused, post.options.language
         form: dict[str, Any] = {"model": self._settings.model, "prompt": post.prompt}
         form["timestamp_granularities[]"] = ["word", "segment"]
         if post.options.task == "transcribe":  # languages[] is of models that take several
-            form["languages[]" if "language" in refused else "language"] = language
-        form = {name: content for name, content in form.items() if content and name not in refused}
-        return form | {"response_format": "json" if "response_format" in refused else "verbose_json"}
+            form["languages[]" if "language" in self._refused else "language"] = post.options.language
+        form = {name: content for name, content in form.items() if content and name not in self._refused}
+        return form | {"response_format": "json" if "response_format" in self._refused else "verbose_json"}
 
     def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
         """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
@@ -1008,9 +1004,8 @@ class Desk:
 
     async def close(self) -> None:
         """Close the engines."""
-        await self._engine.close()
-        if self._fallback:
-            await self._fallback.close()
+        for desk in filter(None, (self, self._fallback)):
+            await desk._engine.close()
 
     async def answer(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
         """The answer to a post. Raises EndpointError: trying `again` does not help, or not before a time."""
