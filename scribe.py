@@ -32,10 +32,8 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import dataclasses
 import email.utils
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib.util
@@ -60,8 +58,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median
@@ -136,14 +135,14 @@ class Settings:
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         """Settings from flags and environment variables. Raises ValueRefused; --help leaves by SystemExit."""
         parser = argparse.ArgumentParser(prog="scribe.py", epilog="Only as environment variables:")
-        for item in dataclasses.fields(cls):
+        for item in fields(cls):
             text = f"{item.metadata['text']} [{item.name.upper()}, {item.default or 'none'}]"
             if item.metadata["secret"]:
                 parser.epilog = f"{parser.epilog} {item.name.upper()}: {item.metadata['text']}."
                 continue
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if item.default is False else {}
             parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
-        flags, names = vars(parser.parse_args(arguments)), [item.name for item in dataclasses.fields(cls)]
+        flags, names = vars(parser.parse_args(arguments)), [item.name for item in fields(cls)]
         texts = {name: flags.get(name) or environment.get(name.upper(), "").strip() for name in names}
         settings = cls(**read_values(cls, {name: text for name, text in texts.items() if text}, str.upper))
         hosted = settings.openai_base_url == OPENAI_URL and not settings.endpoint_url
@@ -186,7 +185,7 @@ class Options:
 def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]) -> dict[str, Any]:
     """The values of fields from texts by name. Raises ValueRefused with the name as it is shown."""
     values = {}
-    for item, text in ((item, given[item.name]) for item in dataclasses.fields(cls) if item.name in given):
+    for item, text in ((item, given[item.name]) for item in fields(cls) if item.name in given):
         kind: Callable[[str], Any] = type(item.default)
         try:
             values[item.name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -627,13 +626,13 @@ class Window:
 
     def since(self, start: float) -> Window:
         """The same window, heard from another time on."""
-        return dataclasses.replace(self, start=start, first=max(start, self.first))
+        return replace(self, start=start, first=max(start, self.first))
 
     def trimmed(self, first: float, last: float) -> Window:
         """Without what is silent: speech begins and ends so many seconds behind its start, or never."""
         start = min(self.end, max(self.start, self.start + first - PRE_ROLL_SECONDS))
         end = max(start, min(self.end, self.start + last + TAIL_SECONDS)) if self.clean else self.end
-        return dataclasses.replace(self.since(start), end=end, frames=self.frames.between(-1.0, end))
+        return replace(self.since(start), end=end, frames=self.frames.between(-1.0, end))
 
     def joined(self, behind: Window) -> Window:
         """This window and the one behind it as one."""
@@ -997,8 +996,8 @@ class Desk:
     def of(cls, settings: Settings) -> Desk:
         """The desk of these settings. Raises ValueRefused."""
         url, key, model = settings.fallback_base_url, settings.fallback_api_key, settings.fallback_model
-        second = dataclasses.replace(settings, openai_base_url=url, openai_api_key=key, endpoint_url="")
-        second = dataclasses.replace(second, model=model or settings.model, key_header="Authorization")
+        second = replace(settings, openai_base_url=url, openai_api_key=key, endpoint_url="")
+        second = replace(second, model=model or settings.model, key_header="Authorization")
         fallback = cls(Whisper(second), second) if url else None
         return cls(Sphinx() if settings.offline else Whisper(settings), settings, fallback)
 
@@ -1208,7 +1207,7 @@ class Recording:
         """Append an event to the journal; gives the place behind it. Raises SpoolError."""
         line = json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n"
         try:
-            with open(self._journal, "ab+", 0, opener=functools.partial(os.open, mode=0o600)) as journal:
+            with open(self._journal, "ab+", 0, opener=partial(os.open, mode=0o600)) as journal:
                 size = journal.tell()
                 if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":
                     line = b"\n" + line  # a power cut tore the last one
@@ -1281,7 +1280,7 @@ class Spool:
 
     def create(self, options: Options) -> Recording:
         """A new session, whose journal begins with what its client decides. Raises SpoolError."""
-        chosen = dataclasses.asdict(options) | {"token": ""}  # it is nobody's business
+        chosen = asdict(options) | {"token": ""}  # it is nobody's business
         opened = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             recording = Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
@@ -1890,12 +1889,11 @@ class Session:
             if await self._is_silent(pending):
                 pending.outcome = Hypothesis([], timed=False)
                 return
-            prepare = functools.partial(self._post, pending)
-            answer = await self.services.desk.answer(self, prepare, until, pending.again)
+            answer = await self.services.desk.answer(self, partial(self._post, pending), until, pending.again)
             hypothesis = read_answer(answer, pending.window)
             doubt = echo(hypothesis, pending.prompt, pending.window.speech)
             if doubt and self._budget.share(self._clock()) < 1:
-                bare = functools.partial(prepare, prompted=False)
+                bare = partial(self._post, pending, prompted=False)
                 answer = await self.services.desk.answer(self, bare, until, pending.again)
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
             pending.outcome = hypothesis
@@ -1949,9 +1947,8 @@ class Session:
         self.note("post", seconds=seconds, retried=retried, fallback=fallback)
         self._wake.set()  # the next one may wait for a slot now
         self.services.hour.add(seconds, self._clock())
-        language = self.language if window.speech < DECIDING_SECONDS else ""
-        options = dataclasses.replace(self.state.options, language=language or self.state.options.language)
-        return Post(file, seconds, options, pending.prompt)
+        options, language = self.state.options, self.language if window.speech < DECIDING_SECONDS else ""
+        return Post(file, seconds, replace(options, language=language or options.language), pending.prompt)
 
     def _settle(self) -> None:
         """Make the text of windows final, in order."""
@@ -2017,7 +2014,7 @@ class Session:
         try:
             if await self._is_silent(interim):
                 raise EndpointError("nobody speaks")
-            prepare = functools.partial(self._post, interim)
+            prepare = partial(self._post, interim)
             answer = await self.services.desk.answer(self, prepare, self._clock(), again=False)
             hypothesis = read_answer(answer, interim.window)
             if echo(hypothesis, interim.prompt, interim.window.speech):
@@ -2071,7 +2068,7 @@ class Server:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set, then drain."""
-        hooks: dict[str, Any] = {"create_connection": functools.partial(Inlet, self._door)}
+        hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door)}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
         listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
@@ -3827,7 +3824,7 @@ class Deposit:
             _, kind, header, offset, size = self.about()
             return Upload(self._key(name), kind, header.encode("latin-1"), offset, size, session.recording)
         about: Message = {"session": session.recording.name, "opened": session.state.opened}
-        about |= {"options": dataclasses.asdict(session.state.options), **(session.state.summary or {})}
+        about |= {"options": asdict(session.state.options), **(session.state.summary or {})}
         for number, segment in enumerate(await session.recording.segments()):
             lines.append(json.dumps(segment, ensure_ascii=False))
             if number % 256 == 0:  # which take some ms
@@ -3899,7 +3896,7 @@ class Sphinx:
         return {"text": " ".join(word["word"] for word in words), "words": words}
 
 
-@functools.cache
+@cache
 def _sphinx() -> Any:
     """The decoder, loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
