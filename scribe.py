@@ -59,7 +59,6 @@ from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
@@ -1281,7 +1280,7 @@ class Spool:
     def create(self, options: Options) -> Recording:
         """A new session, whose journal begins with what its client decides. Raises SpoolError."""
         chosen = asdict(options) | {"token": ""}  # it is nobody's business
-        opened = datetime.now(UTC).isoformat(timespec="seconds")
+        opened = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         try:
             recording = Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
         except OSError as error:
