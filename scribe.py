@@ -79,7 +79,6 @@ log = logging.getLogger("scribe")
 OPENAI_URL = "https://api.openai.com/v1"
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/\S*)?")
 HEADER = re.compile("[A-Za-z0-9-]+")
-RAW_FORMATS = ("pcm_s16le", "pcm_f32le", "mulaw", "alaw")
 RATES, CHANNELS = range(8000, 192_001), range(1, 9)  # of audio, in Hz; and how many
 PROMPT_CHARACTERS = 896  # Whisper reads the last 224 tokens of a prompt
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
@@ -155,7 +154,7 @@ class Settings:
 class Options:
     """What the client decides."""
 
-    format: str = value("auto", valid=("auto", *RAW_FORMATS))
+    format: str = value("auto", valid=("auto", "pcm_s16le", "pcm_f32le", "mulaw", "alaw"))
     rate: int = value(16000, valid=RATES)
     channels: int = value(1, valid=CHANNELS)
     language: str = value("", valid=re.compile("[a-z]{2,3}|auto"))  # ISO 639-1; auto is for whisper.cpp
@@ -480,9 +479,9 @@ class Pcm(Format):
         """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
         frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
         unit = max(self.block, min(self._unit, ready - ready % self.block))
-        data = self.drop(ready - ready % unit)
         count = -(-unit // self.encoding.size // self._nth)
         seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
+        data = self.drop(ready - ready % unit)
         for heard in struct.iter_unpack(f"{count}h", self.encoding.decode(data, self._nth)):
             sound = math.hypot(*heard) / full
             frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
@@ -533,8 +532,7 @@ class NoiseFloor:
 
     def __init__(self) -> None:
         self.nothing = self.pause = SILENT_DB  # as long as no more is known, for a word may begin a stream
-        self._blocks: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._blocks, self._sorted = deque[float](), list[float]()
         self._quietest, self._seconds, self._faintest = math.inf, 0.0, HIDDEN_DB  # of a block; of all
 
     def hear(self, level: float, seconds: float) -> None:
@@ -564,8 +562,7 @@ class Frames:
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
         self.columns = list(columns or map(array, "QQdf"))
-        # bytes of the stream; where they end, in seconds of the session's audio; dBFS
-        self.offsets, self.sizes, self.ends, self.levels = self.columns
+        self.offsets, self.sizes, self.ends, self.levels = self.columns  # bytes; seconds of audio; dBFS
 
     def append(self, frame: Frame, end: float) -> None:
         """Add a frame which ends at a time in seconds."""
@@ -635,9 +632,8 @@ class Window:
 
     def joined(self, behind: Window) -> Window:
         """This window and the one behind it as one."""
-        more = behind.frames.between(self.end, behind.end)
-        frames = Frames(one + two for one, two in zip(self.frames.columns, more.columns, strict=True))
-        speech = self.speech + behind.speech
+        columns = zip(self.frames.columns, behind.frames.between(self.end, behind.end).columns, strict=True)
+        frames, speech = Frames(one + two for one, two in columns), self.speech + behind.speech
         return Window(self.start, behind.end, self.first, behind.last, speech, behind.clean, frames)
 
 
@@ -703,9 +699,8 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        # what has only begun may become a word
         nothing = not self.open or (self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
-        return [] if nothing else self._close(self.now, clean=True)
+        return [] if nothing else self._close(self.now, clean=True)  # what has only begun may become a word
 
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""
@@ -822,8 +817,7 @@ class Transcript:
         self.end = heard  # of the last words that are final
         self.timed = True  # the endpoint gives word times, as far as is known
         self._spoke = -math.inf  # when the last one did that is no phantom
-        self._tail: list[Word] = []  # final words
-        self._previous: list[Word] = []  # of the last hypothesis, not final
+        self._tail, self._previous = list[Word](), list[Word]()  # final; of the last hypothesis, not final
 
     def say(self, words: Sequence[Word], end: float) -> None:
         """Take up final words, in order, which end at a time in seconds."""
@@ -1147,7 +1141,6 @@ def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
 OBJECTS = ("audio", "transcript")  # of a session, in the bucket
-
 Message = dict[str, Any]  # as it is sent; also an event of the journal, whose `message` is what was sent
 
 
@@ -1400,8 +1393,7 @@ class State:
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
                 del self.marks[0]
         if "found" in event:
-            at = event["found"]
-            self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= at < gap.end]
+            self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= event["found"] < gap.end]
 
     def _settle_language(self, language: str, seconds: float) -> None:
         """Take up what a window with so much speech was in. One long window is not enough for a change."""
