@@ -372,8 +372,8 @@ class Stream:
     def __init__(self, options: Options, limit: int) -> None:
         name, rate, channels = options.format, options.rate, options.channels
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)  # a bare one until it is told
-        self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; warnings
-        self.ended = self._failed = False  # failed: it was told
+        self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; errors
+        self.ended = False
         self._limit = limit  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
@@ -433,13 +433,12 @@ class Stream:
         self.format.jump(mark.place)
         self.format.warnings.clear()
 
-    def complaints(self) -> Iterator[tuple[str, str]]:
+    def complaints(self) -> list[tuple[str, str]]:
         """What could not be read, since the last call: code and message of errors."""
-        told, self._told = self._told, len(self.format.warnings)
-        yield from (("skipped", warning) for warning in self.format.warnings[told:])
-        if self.format.error and not self._failed:
-            self._failed = True
-            yield "format", str(self.format.error)
+        errors = [("skipped", warning) for warning in self.format.warnings]
+        errors += [("format", str(self.format.error))] if self.format.error else []
+        told, self._told = self._told, len(errors)
+        return errors[told:]
 
 
 # ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
