@@ -1480,18 +1480,17 @@ class Client:
     async def write(self) -> None:
         """Send what there is, until the connection is closed."""
         try:
-            while self._close is None:
-                await self._wake.wait()
-                self._wake.clear()
+            with contextlib.suppress(ConnectionClosed, SpoolError):  # what it has not read is in the journal
+                while self._close is None:
+                    await self._wake.wait()
+                    self._wake.clear()
+                    await self._send_all()
                 await self._send_all()
-            await self._send_all()
-            await self._connection.close(*self._close)
-            self.answered = self._connection.close_code or 0
+                await self._connection.close(*self._close)
+                self.answered = self._connection.close_code or 0
         except TimeoutError:
             log.warning("a client does not read and is cut off; it can resume")
             self._connection.transport.abort()
-        except (ConnectionClosed, SpoolError):
-            pass  # what it has not read is in the journal
         finally:
             self.done.set()
 
