@@ -1763,9 +1763,8 @@ class Session:
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
-        unended = self.state.over and not self.stream.ended
-        behind = self.stream.behind(self.recording.size) or bool(self._flushes) or unended
-        return behind and not self.state.upload
+        unended = bool(self._flushes) or (self.state.over and not self.stream.ended)
+        return (unended or self.stream.behind(self.recording.size)) and not self.state.upload
 
     async def _listen(self) -> None:
         """Hear what the spool has more. Of all sessions only one does so for long in a turn of the loop."""
@@ -1775,12 +1774,10 @@ class Session:
         if self._behind() and len(self._pending) < WAITING:
             self._wake.set()
             await self.services.turn.go_on()
-        if self._behind():
-            return
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
         paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= IDLE_QUIET
-        if paused or (idle >= IDLE_SECONDS and self.client):
+        if not self._behind() and (paused or (idle >= IDLE_SECONDS and self.client)):
             self._queue(self.segmenter.flush())
 
     def _hear(self) -> None:
@@ -2050,13 +2047,12 @@ class Server:
         self._services, self._settings, self._draining = services, services.settings, False
         self._door = Door(self._settings)
         self._caveat = " Offline recognition: English only, and rough." if self._settings.offline else ""
-        self._sessions: dict[str, Session] = {}
-        self._works: dict[str, asyncio.Task[None]] = {}
+        self._sessions, self._works = dict[str, Session](), dict[str, asyncio.Task[None]]()
         self._sweep = Sweep(services, self._sessions, self._find)
         self._tasks: asyncio.TaskGroup
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Listen until `stop` is set, then drain."""
+        """Listen until `stop`; then send clients on, finish what has ended, leave the rest in the spool."""
         hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door)}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
@@ -2067,7 +2063,6 @@ class Server:
             sweep = self._tasks.create_task(self._sweep.run())
             await stop.wait()
             sweep.cancel()
-            # send clients to the next process, finish what has ended, and leave the rest in the spool
             self._draining = True
             waits = [self._tasks.create_task(session.drain()) for session in self._sessions.values()]
             if waits:
@@ -2215,11 +2210,10 @@ def main() -> int:
         log.setLevel(settings.log_level.upper())
         if settings.host not in LOCAL and not settings.scribe_tokens:
             log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
-        has_uvloop = importlib.util.find_spec("uvloop") is not None
-        loop = importlib.import_module("uvloop").new_event_loop if has_uvloop else None
+        uvloop = importlib.import_module("uvloop") if importlib.util.find_spec("uvloop") else None
         with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
             ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: larger blocks are given back
-        with asyncio.Runner(loop_factory=loop) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
             runner.run(run(settings))
     except (ValueRefused, OSError) as error:
         print(f"scribe: {error}", file=sys.stderr)
