@@ -224,6 +224,9 @@ MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
 LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
+FRAME_SECONDS = 0.02  # of PCM: short enough for a pause of 100 ms to show, long enough for a true level
+LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
+ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
 Steps = Generator[bool, None, None]
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
@@ -441,15 +444,8 @@ class Stream:
         return errors[told:]
 
 
-# ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
-
-FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
-LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
-ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
-
-
 class Pcm(Format):
-    """Raw samples of a declared encoding."""
+    """Raw samples of a declared encoding, in frames with their true level. Windows are WAVs of PCM16."""
 
     name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
     _first_sample, _end = 0, ENDLESS  # where the samples begin and end
