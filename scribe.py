@@ -777,17 +777,14 @@ def spelled(words: Iterable[Word]) -> str:
 
 
 def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
-    """How many of the first words were said before, as the last ones of the tail, which is not empty.
-
-    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
-    all else -1. Equal texts at another time are other words: a second of distance costs 3.
-    """
+    """How many of the first words were said before, as the last ones of the tail, which is not empty."""
+    # a semi-global alignment: of any end part of the tail with any first part of the words
     texts, row = [normal(word.text) for word in words], [-index for index in range(len(words) + 1)]
     for known in (normal(word.text) for word in tail):
         matches = [before + (2 if text == known else -1) for before, text in zip(row, texts, strict=False)]
         ends = [max(match, above - 1) for match, above in zip(matches, row[1:], strict=True)]
         row = list(accumulate(ends, lambda skipped, end: max(end, skipped - 1), initial=0))
-    # by their ends, without skipped words behind them, for those are new
+    # by their ends, without skipped words behind them: those are new, as are equal texts at another time
     worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
     if (best := max(worth, default=0.0)) > 0:
         return worth.index(best) + 1
