@@ -72,7 +72,6 @@ from websockets import ConnectionClosed, Request, Response, ServerConnection, se
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
-# By settings the operator decides, by options a client does. What cannot be used of them is refused by name.
 # A setting is an environment variable (its name in capitals) and a flag, with dashes, which wins, but secrets
 # have no flag: every user of a machine sees its command lines. An option is a query parameter.
 
@@ -211,10 +210,8 @@ def _wanted(found: Any, valid: Any) -> str:
 # Reading is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
 # stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
-# holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
-# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
-# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
-# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
+# holds more. Behind an `error` nothing is read, the frames before it stand. Reading can also begin in
+# mid-stream, at a `place`: all that must be known stands between `origin` and the first frame behind it.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -499,9 +496,8 @@ class Pcm(Format):
 # Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
 # which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
 # pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
-# window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
-# ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
-# cut, the window is not `clean`. Windows are in order and disjoint, and so never more than the stream.
+# window closes at a pause, early on only at a real one, later at any breath, and at the limit at its quietest
+# place: a word may run through such a cut, the window is not `clean`. Windows are in order and disjoint.
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
@@ -736,11 +732,10 @@ class Segmenter:
 
 
 # ---- Transcript: hypotheses in, final and interim text out -------------------------------------------------
-# A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
-# overlaps what is final already, the words said before are found by aligning the texts; word times are off by
-# 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
-# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
-# hypothesis changes nothing by itself: it gives a step, which becomes true when the journal has it.
+# Where a window overlaps what is final already, the words said before are found by aligning the texts; word
+# times are off by 0.2 s and more, so they only break ties. Words become final at the end of a window, or
+# before it if two successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is
+# never changed. A hypothesis changes nothing by itself: it gives a step, true when the journal has it.
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
 CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
@@ -867,10 +862,9 @@ class Transcript:
 
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
-# One request to an engine: its `ask` turns a `Post` into an answer as verbose_json has it, with `text` at
-# least, or raises an EndpointError that says whether it is worth trying again. `Sphinx` is one (see offline
-# recognition), `Whisper` an OpenAI-compatible endpoint. What that refuses is learnt once for the process: it
-# is asked for verbose_json with word times first, and for plain json after a 400 that names them.
+# An engine's `ask` turns a `Post` into an answer as verbose_json has it, with `text` at least. `Whisper` is
+# an OpenAI-compatible endpoint, `Sphinx` offline recognition. What the former refuses is learnt once for the
+# process: it is asked for verbose_json with word times first, and for plain json after a 400 that names them.
 
 
 class EndpointError(Exception):
@@ -1126,9 +1120,8 @@ def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
 # `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
 # line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
 # they are written. Windows are read back from the audio, so a session needs little memory however long it is;
-# clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
-# is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
-# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process has it.
+# clients are told from the journal; the archive is made from both; a restart goes on from them. There is no
+# fsync: they outlive the process, but not a power cut. A lock (flock) on the audio says which process has it.
 
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
@@ -1510,11 +1503,10 @@ class Client:
 # requests; before that, answers become final, for they decide where the next request begins. Requests are
 # tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
 # all audio is heard, `Ending` does the rest, and the loop goes on for clients that come back. Others call
-# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole.
-#
-# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
-# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
-# are one case, and a session that is read back listens as one whose audio came at once: from a mark on.
+# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole. It lives as
+# long as it has a client or work. Without either it is at rest: its files are all there is of it, and whoever
+# opens them goes on from there. So a client that comes back, a restart and another server are one case, and a
+# session that is read back listens as one whose audio came at once: from a mark on.
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
