@@ -508,8 +508,7 @@ MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too s
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
 CLEAR_DB, SYLLABLES_SECONDS = 10.0, 0.17  # nor are two that are so much louder: two clicks touch eight frames
-LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
-FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
+LOOKBACK_SECONDS, FORGET_FRAMES = 2.0, 50  # of frames in front of a window; at once, for moving columns costs
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
 SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
@@ -738,8 +737,7 @@ class Segmenter:
 # never changed. A hypothesis changes nothing by itself: it gives a step, true when the journal has it.
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
-CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
-TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
+CONTEXT_SECONDS, TRIM_SECONDS = 0.8, 1.0  # of final speech: heard again, to align by; lost at once, at least
 TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
 
 
@@ -872,8 +870,7 @@ class EndpointError(Exception):
 
     def __init__(self, message: str, again: bool = True, wait: float = 0.0, limited: bool = False) -> None:
         super().__init__(message)
-        self.again = again  # it may succeed later
-        self.wait = wait  # seconds that the endpoint wants to be left alone
+        self.again, self.wait = again, wait  # it may succeed later; seconds to leave the endpoint alone
         self.limited = limited  # the endpoint is up, and this was one request too many
 
 
@@ -931,10 +928,9 @@ class Whisper:
 
     def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
         """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
-        fixed = ("timestamp_granularities[]", "response_format")  # the same for all clients
         words = "unknown|unsupported|unrecognized|unexpected|not support|languages"
         unknown = ("language", "prompt") if re.search(words, complaint, re.IGNORECASE) else ()
-        for name in (*fixed, *unknown):
+        for name in ("timestamp_granularities[]", "response_format", *unknown):  # two are of all clients
             if form.get(name, "json") != "json" and name.rstrip("[]") in complaint:
                 log.info("the endpoint refuses %s: doing without", name)
                 self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
