@@ -900,10 +900,7 @@ class Whisper:
         headers = {name: f"Bearer {key}" if name.lower() == "authorization" else key} if key else {}
         limits = httpx.Limits(max_connections=settings.concurrency)
         self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # that is the desk's
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+        self.close = self._client.aclose
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """The endpoint's JSON. Raises EndpointError."""
