@@ -2157,14 +2157,8 @@ class Server:
 async def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one stops at once. Raises ValueRefused, OSError."""
     loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
-
-    def signalled() -> None:
-        if stop.is_set() and task:
-            task.cancel()
-        stop.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
+        loop.add_signal_handler(number, lambda: task.cancel() if task and stop.is_set() else stop.set())
     spool, desk = Spool(settings), Desk.of(settings)
     archive = Archive(settings) if settings.s3_bucket else None
     try:
