@@ -373,8 +373,7 @@ class Stream:
         name, rate, channels = options.format, options.rate, options.channels
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)  # a bare one until it is told
         self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; errors
-        self.ended = False
-        self._limit = limit  # bytes of a request, and so of what can only be held
+        self._limit, self.ended = limit, False  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are now whole; if the format has paused, the next need no more data."""
@@ -798,8 +797,7 @@ class Transcript:
     """What of a session's text is final, and what the next hypothesis is compared with."""
 
     def __init__(self, heard: float = 0.0) -> None:
-        self.heard = self.resume = heard  # see Step
-        self.end = heard  # of the last words that are final
+        self.heard = self.resume = self.end = heard  # see Step; the end is that of the last final words
         self.timed = True  # the endpoint gives word times, as far as is known
         self._spoke = -math.inf  # when the last one did that is no phantom
         self._tail, self._previous = list[Word](), list[Word]()  # final; of the last hypothesis, not final
@@ -891,8 +889,7 @@ class Whisper:
     """The HTTP endpoint: one pooled client, multipart from memory."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._refused: set[str] = set()  # fields of the form that the endpoint does not take
+        self._model, self._refused = settings.model, set[str]()  # fields of the form that it does not take
         url = settings.endpoint_url or settings.openai_base_url.rstrip("/") + "/audio/transcriptions"
         translate = url.replace("/audio/transcriptions", "/audio/translations")
         self._urls = {"transcribe": url, "translate": translate}
@@ -916,7 +913,7 @@ class Whisper:
                 return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
-        form: dict[str, Any] = {"model": self._settings.model, "prompt": post.prompt}
+        form: dict[str, Any] = {"model": self._model, "prompt": post.prompt}
         form["timestamp_granularities[]"] = ["word", "segment"]
         if post.options.task == "transcribe":  # languages[] is of models that take several
             form["languages[]" if "language" in self._refused else "language"] = post.options.language
