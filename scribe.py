@@ -37,6 +37,7 @@ import fcntl
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -59,7 +60,7 @@ from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median
@@ -104,7 +105,8 @@ class Settings:
     fallback_base_url: str = value("", "base URL of another endpoint, for when this one is left alone", URL)
     fallback_api_key: str = value("", "key of that", re.compile("[!-~]*"), secret=True)
     fallback_model: str = value("", "model that it is asked for, if it is not MODEL")
-    offline: bool = value(False, "PocketSphinx in place of an endpoint: English only, and rough")
+    offline: bool = value(False, "faster-whisper instead of an endpoint, or PocketSphinx where it is missing")
+    offline_model: str = value("base", "of faster-whisper: a folder, or a name to fetch; or pocketsphinx")
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
@@ -859,7 +861,7 @@ class Transcript:
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
 # An engine's `ask` turns a `Post` into an answer as verbose_json has it, with `text` at least. `Whisper` is
-# an OpenAI-compatible endpoint, `Sphinx` offline recognition. What the former refuses is learnt once for the
+# an OpenAI-compatible endpoint, `Offline` offline recognition. What the former refuses is learnt once for the
 # process: it is asked for verbose_json with word times first, and for plain json after a 400 that names them.
 
 
@@ -949,7 +951,7 @@ Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the 
 class Desk:
     """Hands out the endpoint's slots, and retries. A session is any object that stands for one."""
 
-    def __init__(self, engine: Whisper | Sphinx, settings: Settings, fallback: Desk | None = None) -> None:
+    def __init__(self, engine: Whisper | Offline, settings: Settings, fallback: Desk | None = None) -> None:
         self._engine, self._settings, self._fallback = engine, settings, fallback
         self._clock = asyncio.get_running_loop().time
         self._waiting: list[tuple[float, object, asyncio.Future[Desk]]] = []  # since when, session, slot
@@ -962,13 +964,13 @@ class Desk:
         self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> Desk:
-        """The desk of these settings. Raises ValueRefused."""
+    def of(cls, engine: Whisper | Offline, settings: Settings) -> Desk:
+        """The desk of an engine, and of the fallback behind it."""
         url, key, model = settings.fallback_base_url, settings.fallback_api_key, settings.fallback_model
         second = replace(settings, openai_base_url=url, openai_api_key=key, endpoint_url="")
         second = replace(second, model=model or settings.model, key_header="Authorization")
-        fallback = cls(Whisper(second), second) if url else None
-        return cls(Sphinx() if settings.offline else Whisper(settings), settings, fallback)
+        own = replace(settings, concurrency=1) if settings.offline else settings  # it has one worker
+        return cls(engine, own, cls(Whisper(second), second) if url else None)
 
     async def close(self) -> None:
         """Close the engines."""
@@ -2021,7 +2023,7 @@ class Server:
     def __init__(self, services: Services) -> None:
         self._services, self._settings, self._draining = services, services.settings, False
         self._door = Door(self._settings)
-        self._caveat = " Offline recognition: English only, and rough." if self._settings.offline else ""
+        self._caveat = " Offline recognition: English only, and rough." if rough(self._settings) else ""
         self._sessions, self._works = dict[str, Session](), dict[str, asyncio.Task[None]]()
         self._sweep = Sweep(services, self._sessions, self._find)
         self._tasks: asyncio.TaskGroup
@@ -2151,12 +2153,12 @@ class Server:
             session.recording.close()
 
 
-async def run(settings: Settings) -> None:
+async def run(settings: Settings, engine: Whisper | Offline) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one stops at once. Raises ValueRefused, OSError."""
     loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: task.cancel() if task and stop.is_set() else stop.set())
-    spool, desk = Spool(settings), Desk.of(settings)
+    spool, desk = Spool(settings), Desk.of(engine, settings)
     archive = Archive(settings) if settings.s3_bucket else None
     try:
         async with contextlib.AsyncExitStack() as closing:
@@ -2182,8 +2184,10 @@ def main() -> int:
         uvloop = importlib.import_module("uvloop") if importlib.util.find_spec("uvloop") else None
         with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
             ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: larger blocks are given back
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until `run` sees to both
+        engine = Offline(settings) if settings.offline else Whisper(settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
-            runner.run(run(settings))
+            runner.run(run(settings, engine))
     except (ValueRefused, OSError) as error:
         print(f"scribe: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueRefused) else 1
@@ -3822,53 +3826,103 @@ def _resampled(wav: bytes) -> array[int]:
 
 
 # ---- Offline recognition ----
+# In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
+# faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
+
+POCKETSPHINX = "pocketsphinx"
 
 
-class Sphinx:
-    """PocketSphinx with the small English model of its wheel. It takes PCM and keeps a core busy."""
+def rough(settings: Settings) -> bool:
+    """Whether PocketSphinx hears."""
+    better = importlib.util.find_spec("faster_whisper") and settings.offline_model != POCKETSPHINX
+    return settings.offline and not better
 
-    def __init__(self) -> None:
-        if importlib.util.find_spec("pocketsphinx") is None:
-            raise ValueRefused("--offline needs PocketSphinx: pip install pocketsphinx")
+
+class Offline:
+    """The worker, as an engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._model, kind = settings.offline_model, "of faster-whisper: a folder, or a name to fetch once"
+        if rough(settings):
+            self._model, kind = POCKETSPHINX, "English only, and rough; better: pip install faster-whisper"
+        log.info("offline recognition: %s (%s)", self._model, kind)
+        noise = array("h", random.choices(range(-40, 41), k=HEARING_RATE)).tobytes()  # silence makes it rave
+        first = Post(("", Pcm().file([noise], 0), Pcm.media_type), 1.0, Options(language="en"), "")
+        try:
+            asyncio.run(self.ask(first))  # what cannot work fails now
+        except (EndpointError, KeyboardInterrupt) as error:
+            asyncio.run(self.close())
+            reason = str(error) or "interrupted"
+            raise ValueRefused(f"OFFLINE_MODEL: {self._model} ({kind}) is not loaded: {reason}") from None
+
+    @cached_property
+    def _pool(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
-        self._pool = ProcessPoolExecutor(1, context, _sphinx)
+        return ProcessPoolExecutor(1, context)
 
     async def close(self) -> None:
-        """End the worker."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the worker, whatever it is at; another request would begin a new one."""
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        self._pool.shutdown()
+        del self._pool
 
     async def ask(self, post: Post) -> dict[str, Any]:
-        """What PocketSphinx hears, in the shape of verbose_json. Raises EndpointError."""
-        if post.file[2] != Pcm.media_type:
-            raise EndpointError("--offline takes PCM and WAV only", again=False)
+        """What the recogniser hears, in the shape of verbose_json. Raises EndpointError."""
         try:
-            words = await asyncio.get_running_loop().run_in_executor(self._pool, _sphinx_hear, post.file[1])
+            answer = await asyncio.get_running_loop().run_in_executor(self._pool, _hear, self._model, post)
         except BrokenExecutor:
-            raise EndpointError("the offline recogniser died: restart the server", again=False) from None
-        return {"text": " ".join(word["word"] for word in words), "words": words}
+            await self.close()
+            raise EndpointError("the offline recogniser died") from None
+        return cast(dict[str, Any], json.loads(answer))
+
+
+def _hear(model: str, post: Post) -> str:
+    """In the worker: the answer as JSON, for numpy's numbers would load numpy into the server."""
+    try:
+        return json.dumps(_recogniser(model)(post), default=vars)
+    except Exception as error:  # of packages that the server does not load
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EndpointError(reason[:300], again=False) from None
 
 
 @cache
-def _sphinx() -> Any:
-    """The decoder, loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
+def _recogniser(model: str) -> Callable[[Post], dict[str, Any]]:
+    """Loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_sphinx_end, daemon=True).start()
-    return importlib.import_module("pocketsphinx").Decoder(samprate=HEARING_RATE, loglevel="FATAL")
+    threading.Thread(target=_end, daemon=True).start()
+    if model == POCKETSPHINX:
+        decoder = importlib.import_module(model).Decoder(samprate=HEARING_RATE, loglevel="FATAL")
+        return partial(_sphinx, decoder)
+    importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())  # else a semaphore, which a kill leaves
+    whisper = importlib.import_module("faster_whisper").WhisperModel(model, compute_type="auto")
+    return partial(_whisper, whisper)
 
 
-def _sphinx_end() -> None:
+def _end() -> None:
     cast(Any, multiprocessing.parent_process()).join()
     os._exit(0)
 
 
-def _sphinx_hear(wav: bytes) -> list[dict[str, Any]]:
-    """The words of one of our WAVs."""
-    _sphinx().start_utt()
-    _sphinx().process_raw(_resampled(wav).tobytes(), full_utt=True)
-    _sphinx().end_utt()
-    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in _sphinx().seg()]
+def _whisper(model: Any, post: Post) -> dict[str, Any]:
+    language = post.options.language.replace("auto", "") or None
+    asked = {"task": post.options.task, "language": language, "initial_prompt": post.prompt or None}
+    fixed = {"beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False, "word_timestamps": True}
+    found, about = model.transcribe(io.BytesIO(post.file[1]), **asked, **fixed)
+    segments = list(found)
+    return {"text": "".join(s.text for s in segments), "language": about.language, "segments": segments}
+
+
+def _sphinx(decoder: Any, post: Post) -> dict[str, Any]:
+    if post.file[2] != Pcm.media_type:
+        raise ValueError("PocketSphinx takes PCM and WAV only")
+    decoder.start_utt()
+    decoder.process_raw(_resampled(post.file[1]).tobytes(), full_utt=True)
+    decoder.end_utt()
+    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in decoder.seg()]
     spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
-    return [{"word": w, "start": a / 100, "end": b / 100} for w, a, b in spoken]  # frames; 100 a second
+    words = [{"word": w, "start": a / 100, "end": b / 100} for w, a, b in spoken]  # frames; 100 a second
+    return {"text": " ".join(word["word"] for word in words), "words": words}
 
 
 if __name__ == "__main__":

