@@ -58,7 +58,7 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
@@ -3834,22 +3834,24 @@ POCKETSPHINX = "pocketsphinx"
 
 def rough(settings: Settings) -> bool:
     """Whether PocketSphinx hears."""
-    better = importlib.util.find_spec("faster_whisper") and settings.offline_model != POCKETSPHINX
-    return settings.offline and not better
+    chosen = settings.offline_model == POCKETSPHINX
+    return settings.offline and (chosen or importlib.util.find_spec("faster_whisper") is None)
 
 
 class Offline:
     """The worker, as an engine."""
+
+    _hearing: Future[Any] | None = None  # what the worker is at, wanted or not
 
     def __init__(self, settings: Settings) -> None:
         self._model, kind = settings.offline_model, "of faster-whisper: a folder, or a name to fetch once"
         if rough(settings):
             self._model, kind = POCKETSPHINX, "English only, and rough; better: pip install faster-whisper"
         log.info("offline recognition: %s (%s)", self._model, kind)
-        noise = array("h", random.choices(range(-40, 41), k=HEARING_RATE)).tobytes()  # silence makes it rave
+        noise = array("h", random.Random(1).choices(range(-40, 41), k=HEARING_RATE)).tobytes()
         first = Post(("", Pcm().file([noise], 0), Pcm.media_type), 1.0, Options(language="en"), "")
         try:
-            asyncio.run(self.ask(first))  # what cannot work fails now
+            asyncio.run(self.ask(first))  # what cannot work fails now; of silence Whisper raves
         except (EndpointError, KeyboardInterrupt) as error:
             asyncio.run(self.close())
             reason = str(error) or "interrupted"
@@ -3869,12 +3871,15 @@ class Offline:
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """What the recogniser hears, in the shape of verbose_json. Raises EndpointError."""
+        if self._hearing and not self._hearing.done():  # for one that has been given up
+            with contextlib.suppress(EndpointError, BrokenExecutor):
+                await asyncio.wrap_future(self._hearing)
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._pool, _hear, self._model, post)
+            self._hearing = self._pool.submit(_hear, self._model, post)
+            return cast(dict[str, Any], json.loads(await asyncio.wrap_future(self._hearing)))
         except BrokenExecutor:
             await self.close()
             raise EndpointError("the offline recogniser died") from None
-        return cast(dict[str, Any], json.loads(answer))
 
 
 def _hear(model: str, post: Post) -> str:

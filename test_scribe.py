@@ -3403,7 +3403,8 @@ def test_a_signal_while_the_model_loads_ends_the_server_at_once(
         time.sleep(1)
         process.send_signal(signalled)
         assert process.wait(timeout=5) == 2
-        assert process.stderr.read().endswith("is not loaded: interrupted\n")
+        (line,) = process.stderr.read().splitlines()
+        assert line.startswith("scribe: OFFLINE_MODEL") and line.endswith("is not loaded: interrupted")
 
 
 def test_without_a_recogniser_offline_says_how_to_get_one(tmp_path: Path) -> None:
@@ -3415,11 +3416,46 @@ def test_without_a_recogniser_offline_says_how_to_get_one(tmp_path: Path) -> Non
     assert "Traceback" not in ended.stderr
 
 
+SLOW_SPHINX = """
+import time
+class Decoder:
+    def __init__(self, **_): pass
+    def start_utt(self): pass
+    def end_utt(self): pass
+    def seg(self): return []
+    def process_raw(self, *_, **__):
+        with open(__file__ + ".heard", "a") as file: file.write("x")
+        time.sleep(0.5)
+"""
+
+
+def test_requests_that_are_given_up_do_not_pile_up_in_the_recogniser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pocketsphinx.py").write_text(SLOW_SPHINX)
+    monkeypatch.syspath_prepend(tmp_path)
+    engine = scribe.Offline(scribe.Settings(offline=True, offline_model="pocketsphinx"))
+    heard = tmp_path / "pocketsphinx.py.heard"
+    assert heard.read_text() == "x", "it is tried out at the start"
+    post = scribe.Post(("", SAMPLE.read_bytes(), "audio/wav"), 8.0, scribe.Options(), "")
+
+    async def scene() -> None:
+        for _ in range(5):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await engine.ask(post)
+        assert await engine.ask(post) == {"text": "", "words": []}
+        assert heard.read_text() == "xxx", "that, the first one, and the last"
+        await engine.close()
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_offline_takes_faster_whisper_where_it_is_installed(
     installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed and object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
     assert scribe.rough(scribe.Settings(offline=True)) is not installed
     assert scribe.rough(scribe.Settings(offline=True, offline_model="pocketsphinx"))
     assert not scribe.rough(scribe.Settings(offline_model="pocketsphinx"))
