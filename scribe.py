@@ -3472,16 +3472,12 @@ class MP3(Format):
 # ---- MP4 in fragments: ISO 14496-12 ----
 # Boxes are a size, a kind and a content. ftyp and moov describe the sound; each moof describes the samples in
 # the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
-# them is found by its kind: no number that stands there is as large as four letters.
+# them is found by its kind: no number there (big-endian) is as large as four letters.
 
 SHORTEST_FRAGMENT, LONGEST_FRAGMENT = 0.001, 600.0  # seconds; others are taken for damage
 LARGEST_MOOF = 1 << 16  # bytes; of each sample there are 4 to 16
 MP4_CLOCK, MP4_USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
-
-
-def mp4_integer(data: bytes, at: int, size: int = 4) -> int:
-    """The number at a place; 0 where there is none."""
-    return int.from_bytes(data[at : at + size], "big")
+MP4_TIME = re.compile(rb"(?s)(?<=tfdt\x01...).{8}|(?<=tfdt[^\x01]...).{4}")  # of 64 bits in version 1
 
 
 class FragmentedMP4(Format):
@@ -3498,7 +3494,7 @@ class FragmentedMP4(Format):
             offset = self.offset
             size, kind = struct.unpack(">I4s", (yield from self.take(8)))
             if size == 1:
-                size = mp4_integer((yield from self.take(8)), 0, 8) - 8
+                size = int.from_bytes((yield from self.take(8))) - 8
             if size < 8 or not kind.isalnum():
                 raise Damage("no box of MP4")
             if kind in (b"ftyp", b"moov"):
@@ -3514,27 +3510,28 @@ class FragmentedMP4(Format):
             self.found.append(Frame(begin, self.offset - begin, seconds))
 
     def _describe(self, box: bytes) -> None:
-        clocks = [mp4_integer(clock, 0) for clock in re.findall(MP4_CLOCK, box)]
+        clocks = list(map(int.from_bytes, re.findall(MP4_CLOCK, box)))
         if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
             raise FormatError(f"Byte {self._element}: a second track, or another clock. {CONVERT}")
         if not self.clock:
             if len(self.head) + len(box) > LARGEST_TAKE:
                 raise FormatError(f"Byte {self._element}: the beginning does not end. {CONVERT}")
             self.head, self.clock = self.head + box, sum(clocks)
-            self.usual = sum(mp4_integer(ticks, 0) for ticks in re.findall(MP4_USUAL, box))
+            self.usual = sum(map(int.from_bytes, re.findall(MP4_USUAL, box)))
 
     def _duration(self, moof: bytes) -> float:
         """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
         tfhd = moof.partition(b"tfhd")[2]
-        flags, ticks = mp4_integer(tfhd, 1, 3), 0
-        usual = mp4_integer(tfhd, 8 + 2 * (flags & 2)) if flags & 8 else self.usual
+        flags, ticks = int.from_bytes(tfhd[1:4]), 0
+        usual = int.from_bytes(tfhd[8 + 2 * (flags & 2) :][:4]) if flags & 8 else self.usual
         if flags & 1:
             raise FormatError(f"Byte {self._element}: fragments at absolute offsets cannot be cut. {CONVERT}")
         for trun in moof.split(b"trun")[1:]:
-            flags, count = mp4_integer(trun, 1, 3), mp4_integer(trun, 4)
+            flags, count = int.from_bytes(trun[1:4]), int.from_bytes(trun[4:8])
             if flags & 0x100:
                 first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
-                each = sorted(mp4_integer(trun, at) for at in range(first, len(trun), stride)[:count])
+                places = range(first, len(trun), stride)[:count]
+                each = sorted(int.from_bytes(trun[at : at + 4]) for at in places)
                 usual = each[len(each) // 2] if each else 0
             ticks += count * usual
         if not SHORTEST_FRAGMENT * self.clock <= ticks <= LONGEST_FRAGMENT * self.clock or not ticks:
@@ -3543,16 +3540,12 @@ class FragmentedMP4(Format):
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """The fragments behind ftyp and moov, their times counted from the first one's."""
-        first, file = -1, [self.head]
-        for frame in frames[lead:]:
-            time = frame.find(b"tfdt") + 8
-            size = 8 if frame[time - 4 : time - 3] == b"\1" else 4
-            if time >= 8:
-                first = mp4_integer(frame, time, size) if first < 0 else first
-                since = max(0, mp4_integer(frame, time, size) - first)
-                frame = frame[:time] + since.to_bytes(size, "big") + frame[time + size :]
-            file.append(frame)
-        return b"".join(file)
+        first = next((int.from_bytes(time[0]) for time in map(MP4_TIME.search, frames[lead:]) if time), 0)
+
+        def since(time: re.Match[bytes]) -> bytes:
+            return max(0, int.from_bytes(time[0]) - first).to_bytes(len(time[0]))
+
+        return self.head + b"".join(MP4_TIME.sub(since, frame, count=1) for frame in frames[lead:])
 
 
 # ---- Held: what cannot be cut is posted whole at the end ----
