@@ -2979,16 +2979,11 @@ class Encoding(NamedTuple):
         return bytes(samples)
 
 
-ENCODINGS = {
-    "pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256))),
-    "pcm_s16le": Encoding(2, 1),
-    "pcm_s24le": Encoding(3, 1),
-    "pcm_s32le": Encoding(4, 1),
-    "pcm_f32le": Encoding(4, 3),
-    "pcm_f64le": Encoding(8, 3),
-    "alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55))),
-    "mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF))),
-}
+ENCODINGS = {"pcm_s16le": Encoding(2, 1), "pcm_s24le": Encoding(3, 1), "pcm_s32le": Encoding(4, 1)}
+ENCODINGS |= {"pcm_f32le": Encoding(4, 3), "pcm_f64le": Encoding(8, 3)}
+ENCODINGS |= {"pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256)))}
+ENCODINGS |= {"alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55)))}
+ENCODINGS |= {"mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF)))}
 
 
 def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
