@@ -3543,7 +3543,10 @@ class FragmentedMP4(Format):
         return self.head + b"".join(MP4_TIME.sub(since, frame, count=1) for frame in frames[lead:])
 
 
-# ---- Held: what cannot be cut is posted whole at the end ----
+# ---- Which format a stream has; what cannot be cut is held, and posted whole at the end ----
+
+ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
+LARGEST_HEAD, MP3_JUNK = 1 << 16, 1 << 12  # bytes in which a stream must show what it is; before MP3 begins
 # How long a stream is: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
 HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
@@ -3574,13 +3577,6 @@ class Held(Format):
         guess, claim = size * 8 / 64_000, self.ticks / self.clock if self.clock else 0.0  # at 64 kbit/s
         seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
         return [Frame(0, size, seconds)] if size and not self.error else []
-
-
-# ---- Which format a stream has ----
-
-ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
-LARGEST_HEAD = 1 << 16  # bytes within which a stream must show what it is
-MP3_JUNK = 1 << 12  # bytes that may stand before the first frame of an MP3 stream
 
 
 def recognise(head: bytes, limit: int) -> Format | None:
