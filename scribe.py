@@ -3077,8 +3077,7 @@ def opus_laplace(zero: int, decay: int) -> list[int]:
     return model
 
 
-# The model of an alphabet is a list of the cumulative frequencies of its symbols.
-OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # flags
+OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # models of flags, see RangeDecoder.read
 CELT_OCTAVE, CELT_TAPSET = [1, 2, 3, 4, 5, 6], [2, 3, 4]
 CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
 CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
@@ -3089,23 +3088,18 @@ CELT_INTRA_ZEROS = (22, 63, 74, 84, 92, 103, 96, 96, 101, 107, 113, 118, 125)
 CELT_INTRA_DECAYS = (178, 114, 82, 83, 82, 62, 72, 67, 73, 72, 55, 52, 52)
 CELT_INTER = 0.5, 0.2, list(map(opus_laplace, CELT_ZEROS, CELT_DECAYS))  # alpha, beta, models
 CELT_INTRA = 0.0, 0.15, list(map(opus_laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECAYS))
-CELT_WEIGHTS = [  # power of a band of energy 0, the pre-emphasis of 0.85 undone
-    4 ** (mean / 16) / (1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240))
-    for mean, (low, high) in zip(CELT_MEANS, pairwise(CELT_EDGES), strict=True)
-]
+# Power of a band of energy 0, the pre-emphasis of 0.85 undone.
+CELT_EMPHASIS = [1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240) for low, high in pairwise(CELT_EDGES)]
+CELT_WEIGHTS = [4 ** (mean / 16) / gain for mean, gain in zip(CELT_MEANS, CELT_EMPHASIS, strict=True)]
 CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
 CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
-SILK_STEREO = [  # models of the prediction of a stereo signal (4.2.7.1)
-    list(accumulate((7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7))),
-    *([85, 171, 256], [51, 102, 154, 205, 256]) * 2,
-]
+SILK_PREDICTION = (7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7)
+SILK_STEREO = [list(accumulate(SILK_PREDICTION)), *([85, 171, 256], [51, 102, 154, 205, 256]) * 2]  # 4.2.7.1
 SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
 SILK_TYPES = [26, 256], [24, 98, 246, 256]  # without and with voice activity
-SILK_GAINS = (  # high bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4)
-    list(accumulate((32, 112, 68, 29, 12, 1, 1, 1))),
-    list(accumulate((2, 17, 45, 60, 62, 47, 19, 4))),
-    list(accumulate((1, 3, 26, 71, 94, 50, 9, 2))),
-)
+# High bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4).
+SILK_HIGH_BITS = (32, 112, 68, 29, 12, 1, 1, 1), (2, 17, 45, 60, 62, 47, 19, 4), (1, 3, 26, 71, 94, 50, 9, 2)
+SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
 SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
@@ -3149,9 +3143,8 @@ def opus_frames(packet: bytes) -> list[bytes]:
             first, second = packet[at : at + 2].ljust(2, b"\0")
             sizes[i], at = (first + 4 * second, at + 2) if first >= 252 else (first, at + 1)
         sizes[-1] = end - at - sum(sizes[:-1])
-    if min(sizes) < 0 or max(sizes) > 1275 or at + sum(sizes) != end:  # bytes of a frame at most
-        return []
-    return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))]
+    valid = min(sizes) >= 0 and max(sizes) <= 1275 and at + sum(sizes) == end  # bytes of a frame at most
+    return [packet[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at))] if valid else []
 
 
 def ogg_sum(page: bytes) -> bytes:
@@ -3191,19 +3184,18 @@ class Opus(Format):
 
     def level(self, toc: int, frames: list[bytes]) -> float:
         """Mean loudness of a packet's frames in dBFS; NaN for CELT frames that are shorter than 20 ms."""
-        samples, stereo, celt, power = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128, 0.0
+        samples, stereo, celt = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128
         if celt and samples < 960:
             return math.nan
-        for frame in frames:
-            if len(frame) > 2:  # shorter ones stand for silence that is not sent
-                level = self._celt(frame, stereo) if celt else self._silk(frame, stereo, -(-samples // 960))
-                power += 10 ** (level / 10)
-        return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power / len(frames) + 1e-12)))
+        sent = [frame for frame in frames if len(frame) > 2]  # shorter ones stand for silence that is not
+        levels = (self._celt(frame, stereo) if celt else self._silk(frame, stereo, samples) for frame in sent)
+        power = sum(10 ** (level / 10) for level in levels) / len(frames)
+        return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power + 1e-12)))
 
-    def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
-        """The level of a frame that begins with `count` SILK frames (4.2.3 to 4.2.7.4)."""
+    def _silk(self, frame: bytes, stereo: bool, samples: int) -> float:
+        """The level of a frame of so many samples that begins with SILK frames (4.2.3 to 4.2.7.4)."""
         self.energies, read = Opus.energies, RangeDecoder(frame).read
-        voices = [[read(OPUS_EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
+        voices = [[read(OPUS_EVEN) for _ in range(1 + max(1, samples // 960))] for _ in range(1 + stereo)]
         if any(channel.pop() for channel in voices):
             return SILK_COPIED[any(voices[0])]
         for alphabet in SILK_STEREO if stereo else []:
