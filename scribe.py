@@ -2763,15 +2763,13 @@ class Interims:
 
 
 # ---- Answers -----------------------------------------------------------------------------------------------
-# What an endpoint says of a window, as words, without what nobody said; or why there are none.
-# Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
-# words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
-# phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
+# What an endpoint says of a window, as words, or why there are none. Times stand at the top, in segments, or
+# nowhere, and are of words or of tokens. What Whisper makes up for silence is taken out: segments that it
+# doubts itself, known phantoms where there was next to no speech, loops; and echoes of the prompt.
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS, LOOP_LONGEST = 3, 3, 40  # repeats; words that are a loop at any rate, and at most
-LOOP_RATE = 6.0  # words per second of speech that nobody says: then shorter phrases are loops too
-LOOP_SLOWEST = 2.0  # of a short word that is said again and again
+LOOP_SLOWEST, LOOP_RATE = 2.0, 6.0  # words per second of speech: of a loop that is said; more nobody says
 DECIDING_SECONDS = 5.0  # of speech: in less Whisper takes one language for another
 ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
 PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
@@ -2781,20 +2779,17 @@ PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom'
 PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
     "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
 )
-
 # Whisper's names for languages (tokenizer.py), with their codes where those are not the first two letters.
-LANGUAGE_NAMES = """
-afrikaans albanian=sq amharic arabic armenian=hy assamese azerbaijani bashkir basque=eu belarusian
-bengali=bn bosnian=bs breton bulgarian=bg cantonese=yue catalan chinese=zh croatian=hr czech=cs danish
-dutch=nl english estonian=et faroese=fo finnish french galician=gl georgian=ka german=de greek=el gujarati
-haitian_creole=ht hausa hawaiian=haw hebrew hindi hungarian icelandic=is indonesian=id italian japanese
-javanese=jw kannada=kn kazakh=kk khmer=km korean lao=lo latin latvian=lv lingala=ln lithuanian=lt
-luxembourgish=lb macedonian=mk malagasy=mg malay=ms malayalam=ml maltese=mt maori=mi marathi=mr
-mongolian=mn myanmar nepali norwegian nynorsk=nn occitan pashto=ps persian=fa polish=pl portuguese=pt
-punjabi=pa romanian russian sanskrit serbian=sr shona=sn sindhi=sd sinhala slovak=sk slovenian somali
-spanish=es sundanese swahili swedish=sv tagalog=tl tajik=tg tamil tatar=tt telugu thai tibetan=bo
-turkish=tr turkmen=tk ukrainian urdu uzbek vietnamese welsh=cy yiddish yoruba
-"""
+LANGUAGE_NAMES = """afrikaans albanian=sq amharic arabic armenian=hy assamese azerbaijani bashkir basque=eu
+belarusian bengali=bn bosnian=bs breton bulgarian=bg cantonese=yue catalan chinese=zh croatian=hr czech=cs
+danish dutch=nl english estonian=et faroese=fo finnish french galician=gl georgian=ka german=de greek=el
+gujarati haitian_creole=ht hausa hawaiian=haw hebrew hindi hungarian icelandic=is indonesian=id italian
+japanese javanese=jw kannada=kn kazakh=kk khmer=km korean lao=lo latin latvian=lv lingala=ln lithuanian=lt
+luxembourgish=lb macedonian=mk malagasy=mg malay=ms malayalam=ml maltese=mt maori=mi marathi=mr mongolian=mn
+myanmar nepali norwegian nynorsk=nn occitan pashto=ps persian=fa polish=pl portuguese=pt punjabi=pa romanian
+russian sanskrit serbian=sr shona=sn sindhi=sd sinhala slovak=sk slovenian somali spanish=es sundanese swahili
+swedish=sv tagalog=tl tajik=tg tamil tatar=tt telugu thai tibetan=bo turkish=tr turkmen=tk ukrainian urdu
+uzbek vietnamese welsh=cy yiddish yoruba"""
 LANGUAGES = {name: code or name[:2] for name, code in re.findall(r"([a-z_]+)=?([a-z]*)", LANGUAGE_NAMES)}
 
 
@@ -2811,8 +2806,7 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
     reason = error.get("message") if isinstance(error, dict) else error
     message = f"the endpoint answered {status}: {_text(str(reason or response.reason_phrase))[:200]}"
     hints = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check MODEL and the URL"}
-    if status == 429 and "insufficient_quota" in response.text:
-        hints[429] = "the account has no credit left"
+    hints |= {429: "the account has no credit left"} if "insufficient_quota" in response.text else {}
     if status in hints:
         raise Useless(f"{message} ({hints[status]})")
     again, wait = status in (408, 409, 429) or status >= 500, 0.0
@@ -2831,7 +2825,7 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
     ghosts = [silence > GHOST_NO_SPEECH and certainty < GHOST_LOGPROB for silence, certainty in odds]
     spoken = [item for item, ghost in zip(segments, ghosts, strict=True) if not ghost]
     text = " ".join(_text(item.get("text")) for item in spoken) if any(ghosts) else _text(answer.get("text"))
-    text = " ".join(text.split())  # whisper.cpp breaks its lines
+    text = " ".join(text.split()) if normal(text) else ""  # whisper.cpp breaks its lines
     entries = _dicts(answer.get("words")) or [word for item in segments for word in _dicts(item.get("words"))]
     spans = [(_number(item.get("start")), _number(item.get("end"))) for item in segments]
     silent = sorted(span for span, ghost in zip(spans, ghosts, strict=True) if ghost and span[0] < span[1])
@@ -2843,14 +2837,13 @@ def read_answer(answer: Mapping[str, Any], window: Window) -> Hypothesis:
         if spelling and math.isfinite(start + end) and start >= ends[bisect_right(starts, start)]:
             timed.append(Word(spelling, window.start + start, window.start + max(start, end)))
     words = _cut_up(text, timed) if timed and text else _spread(text, window.first, window.last)
-    letters, lone, said = normal(text), False, max(window.speech, PHANTOM_SECONDS)  # seconds
-    loop = re.fullmatch(r"(.{2,8}?)\1{3,}", letters)  # one syllable or two over and over
-    count = max(len(words), len(letters) // len(loop[1])) if loop else 0
+    letters, lone = normal(text), False
     if PHANTOMS.fullmatch(letters):
         lone = not any(_number(item.get("no_speech_prob")) < PHANTOM_NO_SPEECH for item in spoken)
         words = words if PHANTOM_SECONDS <= window.speech <= PHANTOM_MOST else []
-    elif not letters or (loop and not LOOP_SLOWEST <= count / said <= LOOP_RATE):  # nobody says so many
-        words = []
+    elif loop := re.fullmatch(r"(.{2,8}?)\1{3,}", letters):  # one syllable or two over and over
+        pace = max(len(words), len(letters) // len(loop[1])) / max(window.speech, PHANTOM_SECONDS)
+        words = words if LOOP_SLOWEST <= pace <= LOOP_RATE else []
     doubtful = any(_number(item.get("avg_logprob")) < GHOST_LOGPROB for item in spoken)
     named = _text(answer.get("language")).strip().lower().replace(" ", "_")
     language = LANGUAGES.get(named, named if re.fullmatch("[a-z]{2,3}", named) else "")
@@ -2862,9 +2855,7 @@ def _dicts(found: object) -> list[dict[str, Any]]:
 
 
 def _number(found: object) -> float:
-    with contextlib.suppress(OverflowError):
-        return float(found) if isinstance(found, (int, float)) else math.nan
-    return math.nan
+    return float(found) if isinstance(found, (int, float)) and abs(found) <= sys.float_info.max else math.nan
 
 
 def _text(found: object) -> str:
@@ -2894,10 +2885,8 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
 
 
 def _spread(text: str, start: float, end: float) -> list[Word]:
-    pieces = [" " + piece for piece in text.split()]
-    places = [0, *accumulate(map(len, pieces))]
-    times = [start + (end - start) * place / max(1, places[-1]) for place in places]
-    return [Word(piece, *span) for piece, span in zip(pieces, pairwise(times), strict=True)]
+    pieces, pace = re.finditer(r" \S+", f" {text}"), (end - start) / (len(text) + 1)  # seconds of a character
+    return [Word(piece[0], start + pace * piece.start(), start + pace * piece.end()) for piece in pieces]
 
 
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
