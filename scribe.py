@@ -2578,9 +2578,8 @@ class Rate:
 
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # waiting: one more, one less
+QUEUED_FEW, QUEUED_MANY, ENOUGH = 0.5, 1.25, 6  # waiting: one more, one less; if so many round trips tell it
 HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
-ENOUGH = 6  # round trips that tell: beside as many others as may be, or alone
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2597,15 +2596,14 @@ class RoundTrips:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
         self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
-        self._alone, self._beside = deque[float](maxlen=ROUNDS), deque[float](maxlen=ROUNDS)  # see ENOUGH
-        self._round, self._rounds = list[tuple[float, int]](), 0  # round trips, and how many were in flight
+        self._alone, self._beside = deque[float](maxlen=ROUNDS), deque[float](maxlen=ROUNDS)  # round trips
+        self._answers = self._rounds = 0  # of this round; that are over
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
 
     def patience(self, audio: float) -> float:
         """Seconds to wait for the answer to so many seconds of audio."""
-        weight = WEIGHT_SECONDS + audio
         most = self._seconds * max(1.0, audio / WEIGHT_SECONDS)
-        usual = weight * (MEANS * self.mean + DEVIATIONS * self._deviation)
+        usual = (WEIGHT_SECONDS + audio) * (MEANS * self.mean + DEVIATIONS * self._deviation)
         return min(most, self.more * max(LEAST_SECONDS, usual))
 
     def answered(self, audio: float, seconds: float, flying: int) -> None:
@@ -2614,13 +2612,13 @@ class RoundTrips:
         self.more = 1.0
         mean, usual = (self.mean, self._deviation) if self.mean < math.inf else (trip, trip / 2)  # RFC 6298
         self.mean, self._deviation = mean + (trip - mean) / 8, usual * 0.75 + abs(trip - mean) / 4
-        self._round.append((trip, flying))
+        self._shortest = min(self._shortest, trip)
         self._alone.extend([trip] * (flying == 1))
-        if len(self._round) < max(ROUND, self.limit):
+        self._beside.extend([trip] * (flying >= self.limit))
+        self._answers += 1
+        if self._answers < max(ROUND, self.limit):
             return
-        self._beside.extend(trip for trip, flying in self._round if flying >= self.limit)
-        self._shortest = min(self._shortest, *(trip for trip, _ in self._round))
-        self._round, self._rounds, limit = [], self._rounds + 1, self.limit
+        self._answers, self._rounds, limit = 0, self._rounds + 1, self.limit
         if len(self._beside) < ENOUGH:
             return
         pairs = (self._shortest, min(self._beside)), (median(self._alone or [math.inf]), median(self._beside))
@@ -2641,8 +2639,7 @@ class RoundTrips:
 # twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
 # the caps on billed seconds is near: of a session, and of an hour of the process.
 
-SCARCE_SHARE, SHORT_SHARE = 0.8, 0.95  # of a cap: interims are fewer; there are none
-SCARCE_PACE = 2.0  # so much rarer
+SCARCE_SHARE, SCARCE_PACE, SHORT_SHARE = 0.8, 2.0, 0.95  # of a cap: interims are so much rarer; are none
 INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
 
 
