@@ -3588,12 +3588,7 @@ def recognise(head: bytes, limit: int) -> Format | None:
 # again. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
-QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
-STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
-
-
-class ArchiveError(Exception):
-    """The bucket did not take it."""
+QUEUE_SECONDS, STORE_SECONDS = 10.0, 1.0  # for other uploads, without a client; between attempts, at first
 
 
 class Upload(NamedTuple):
@@ -3632,8 +3627,7 @@ class Archive:
         lax = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
         try:
             config = Config(retries={"total_max_attempts": 2}, connect_timeout=10, read_timeout=60, **lax)
-            client = AioSession().create_client("s3", config=config)
-            self._client = await closing.enter_async_context(client)
+            self._client = await closing.enter_async_context(AioSession().create_client("s3", config=config))
         except Exception as error:  # botocore raises what it likes for a bad region, URL or profile
             raise ValueRefused(f"S3_BUCKET: no client can be made: {error}") from None
         try:
@@ -3645,8 +3639,8 @@ class Archive:
         """Where an object is."""
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
-    async def store(self, upload: Upload, until: float) -> None:
-        """Upload an object, if that can begin by a time of the loop's clock. Raises ArchiveError."""
+    async def store(self, upload: Upload, until: float) -> bool:
+        """Upload an object, if that can begin by a time of the loop's clock; tells if the bucket has it."""
         try:  # behind a bucket that fails or hangs all would wait, with their files open
             async with asyncio.timeout_at(0.0 if self._failing else until) as limit, self._uploads:
                 limit.reschedule(None)  # it has begun
@@ -3655,7 +3649,8 @@ class Archive:
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
             self._failing = True
             what = "the bucket fails, or is too slow" if isinstance(error, TimeoutError) else error
-            raise ArchiveError(f"{self.address(upload.key)}: {what}") from error
+            log.warning("not stored yet: %s: %s", self.address(upload.key), what)
+        return not self._failing
 
     async def _store(self, upload: Upload) -> None:
         target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
@@ -3667,7 +3662,7 @@ class Archive:
         try:  # look before the only other copy is deleted: a proxy's page has status 200 too
             found = await self._client.head_object(**target)
             if found.get("ContentLength", size) != size:
-                raise ArchiveError(f"the bucket has {found['ContentLength']} bytes of {size}")
+                raise OSError(f"the bucket has {found['ContentLength']} bytes of {size}")
         except self._client.exceptions.ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:  # we may write, and not read
                 raise
@@ -3721,13 +3716,11 @@ class Deposit:
         begin_by = until if session.client else max(until, clock() + QUEUE_SECONDS)
         while self._archive and not self.done:
             name = session.state.unstored[0]
-            try:
-                await self._archive.store(await self._upload(name), begin_by)
+            if await self._archive.store(await self._upload(name), begin_by):
                 session.note("stored", object=name)
-            except ArchiveError as error:
-                log.warning("session %s: not stored yet: %s", session.recording.name, error)
-                if clock() + delay > until:
-                    return
+            elif clock() + delay > until:
+                return
+            else:
                 await asyncio.sleep(delay)
                 delay *= 2
 

@@ -7027,17 +7027,18 @@ class Bucket(scribe.Archive):
         super().__init__(scribe.Settings(s3_bucket="recordings"))
         self._fate = fate
 
-    async def store(self, upload: scribe.Upload, *_: object) -> None:
+    async def store(self, upload: scribe.Upload, *_: object) -> bool:
         how, fate = self._fate.dies("store"), self._fate
         await asyncio.sleep(0.05)
         if how in ("before", "torn"):
             raise Killed
         if fate.closed[0] <= _now() < fate.closed[1]:
             fate.happened["closed"] += 1
-            raise scribe.ArchiveError("503")
+            return False
         fate.stored[self.address(upload.key)] = b"".join(upload.pieces())
         if how:
             raise Killed
+        return True
 
 
 @cache
@@ -7153,10 +7154,10 @@ class Shelf(scribe.Archive):
         self.stored: dict[str, bytes] = {}
         self.closed = True
 
-    async def store(self, upload: scribe.Upload, *_: object) -> None:
-        if self.closed:
-            raise scribe.ArchiveError("503")
-        self.stored[self.address(upload.key)] = b"".join(upload.pieces())
+    async def store(self, upload: scribe.Upload, *_: object) -> bool:
+        if not self.closed:
+            self.stored[self.address(upload.key)] = b"".join(upload.pieces())
+        return not self.closed
 
 
 @pytest.mark.parametrize("broken", [False, True])
