@@ -2358,7 +2358,7 @@ class Ending:
         self._session, self._deposit = session, Deposit(session)
         self._work: asyncio.Task[None] | None = None  # from when it has begun
         self.over = self.waits = False  # nothing is left to do, but for the bucket; the bucket lacks some
-        self._ready, self._until = False, math.inf  # `complete` may be said; gaps that are left are given up
+        self._ready, self._until = False, math.inf  # `complete` may be said; gaps that are left stay
         self._told: Client | None = None  # the last one to whom it was
 
     def announce(self) -> None:
@@ -2377,7 +2377,7 @@ class Ending:
     async def _run(self, wake: asyncio.Event) -> None:
         session = self._session
         if session.state.summary is None:
-            self._go_on()
+            self._until = asyncio.get_running_loop().time() + session.services.settings.deadline_seconds
             places = asyncio.Semaphore(FLIGHTS)
             async with asyncio.TaskGroup() as group:
                 for gap in session.state.gaps:
@@ -2399,10 +2399,6 @@ class Ending:
         self.over, self.waits = True, not self._deposit.done
         wake.set()
 
-    def _go_on(self) -> None:
-        """Let the time begin anew in which a gap must be filled, or all that are left stay."""
-        self._until = asyncio.get_running_loop().time() + self._session.services.settings.deadline_seconds
-
     async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
         session, until, clock = self._session, 0.0, asyncio.get_running_loop().time
         async with places:
@@ -2411,7 +2407,7 @@ class Ending:
                 until = self._until  # a slow endpoint may have filled others meanwhile: there is more time
                 await session.transcribe(pending, until)
         if isinstance(pending.outcome, Hypothesis):
-            self._go_on()
+            self._until = clock() + session.services.settings.deadline_seconds  # for those that are left
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
             step = Transcript(gap.start).settle(outcome, pending.window)
             message = {"message": session.final(step, outcome, late=True)} if step.words else {}
