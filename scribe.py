@@ -2707,10 +2707,9 @@ class Budget:
 # A request posts the open window as it stands. It is due when there is enough new audio, the more the longer
 # the window is, and at a pause that may end the window: then its answer may be the final.
 
-SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
 INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
 INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
-FINAL_SECONDS = 3.0  # of a window that agreement has not made final when it ends
+SPECULATE_SECONDS, FINAL_SECONDS = 0.3, 3.0  # of such a pause; of a window that agreement leaves at its end
 
 
 class Interims:
@@ -3036,16 +3035,14 @@ class Wav(Pcm):
 
 # ---- Opus: packets in, Ogg files out ----
 # A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
-# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
-# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
-# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
-# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
-# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
-# energies from the frame before, so every packet must be seen, in order.
+# Ogg, whatever they came in. Ogg writes packets into pages; behind a page's header stand laces, the lengths
+# of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845). Loudness comes from the first
+# symbols of a frame, by the codec's own range decoder (4.1): in SILK and hybrid frames the voice activity
+# flag and the first gain, in CELT frames the coarse energies of the bands below 4 kHz. No more is read, which
+# costs 1 to 2 dB. CELT predicts energies from the frame before, so every packet must be seen, in order.
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
-OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)  # of a frame at 48 kHz
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -3073,8 +3070,7 @@ CELT_INTRA = 0.0, 0.15, list(map(opus_laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECA
 # Power of a band of energy 0, the pre-emphasis of 0.85 undone.
 CELT_EMPHASIS = [1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240) for low, high in pairwise(CELT_EDGES)]
 CELT_WEIGHTS = [4 ** (mean / 16) / gain for mean, gain in zip(CELT_MEANS, CELT_EMPHASIS, strict=True)]
-CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
-CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
+CELT_FULL_SCALE, CELT_SHORT = -91.0, -9.0  # dBFS of power 1, measured; dB, as eight short blocks add up
 SILK_PREDICTION = (7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7)
 SILK_STEREO = [list(accumulate(SILK_PREDICTION)), *([85, 171, 256], [51, 102, 154, 205, 256]) * 2]  # 4.2.7.1
 SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
