@@ -2518,6 +2518,11 @@ class Sweep:
 RATE_FALL, RATE_LEAST, RATE_SECONDS = 0.15, 1 / 4, 90.0  # a share; requests a second; until it is made up
 CHANCE_SHARE, CHANCE_REQUESTS = 0.3, 32  # of about the last requests: more refusals are a limit too
 INTERIM_TOKENS, PAUSE_MOST = 2.0, 20.0  # there for one, so half is left to finals; seconds, if none are asked
+WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
+FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
+QUEUED_FEW, QUEUED_MANY, ENOUGH = 0.5, 1.25, 6  # waiting: one more, one less; if so many round trips tell it
+HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
+MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
 class Rate:
@@ -2570,13 +2575,6 @@ class Rate:
             self._limit = min(self._rate, max(len(self._passed) / span, RATE_LEAST))
             self._rate, self._fell = self._limit * (1 - RATE_FALL), now
             self._tokens = min(self._tokens, 0.0)
-
-
-WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
-FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY, ENOUGH = 0.5, 1.25, 6  # waiting: one more, one less; if so many round trips tell it
-HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
-MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
 class RoundTrips:
@@ -2872,8 +2870,7 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
             words[-1] = Word(words[-1].text + piece, words[-1].start, word.end)
         elif piece:
             words.append(Word(piece, word.start, word.end))
-    words[0] = words[0]._replace(text=" " + words[0].text)
-    return words
+    return [words[0]._replace(text=" " + words[0].text), *words[1:]]
 
 
 def _spread(text: str, start: float, end: float) -> list[Word]:
@@ -3075,9 +3072,8 @@ SILK_PREDICTION = (7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24
 SILK_STEREO = [list(accumulate(SILK_PREDICTION)), *([85, 171, 256], [51, 102, 154, 205, 256]) * 2]  # 4.2.7.1
 SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
 SILK_TYPES = [26, 256], [24, 98, 246, 256]  # without and with voice activity
-# High bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4).
 SILK_HIGH_BITS = (32, 112, 68, 29, 12, 1, 1, 1), (2, 17, 45, 60, 62, 47, 19, 4), (1, 3, 26, 71, 94, 50, 9, 2)
-SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]
+SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]  # inactive, unvoiced, voiced
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
 SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
