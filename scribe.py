@@ -3325,8 +3325,7 @@ MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a
 MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
 MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
 MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
-# dBFS of no gain and bits; dB of a step of the gain; dB by the square root of the number of bits: measured.
-MP3_FULL_SCALE, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0
+MP3_FLOOR, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0  # dBFS of neither; dB a step; dB a root of bits: measured
 
 
 class MP3Header(NamedTuple):
@@ -3414,8 +3413,7 @@ class MP3(Format):
         width = 59 if header.samples == 1152 else 63  # bits of a granule
         for shift in range(width - 29, 8 * (header.data - header.side), width):
             used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
-            if used:
-                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
+            level = max(level, MP3_FLOOR + MP3_GAIN * gain + MP3_BITS * math.sqrt(used)) if used else level
         return min(level, LOUDEST_DB)
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
