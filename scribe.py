@@ -63,7 +63,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
-from statistics import median
+from statistics import median, median_high
 from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -2922,9 +2922,6 @@ def closed(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- Codecs and containers ---------------------------------------------------------------------------------
 # The formats beside PCM, known to the path as `Format` only. First samples as written, and WAV as streamed.
 
-WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
-WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
-
 
 def _g711(mask: int) -> Iterator[int]:
     """What the codes of A-law (mask 0x55) or mu-law (0xFF) stand for, by ITU-T G.711."""
@@ -2962,6 +2959,8 @@ ENCODINGS |= {"pcm_f32le": Encoding(4, 3), "pcm_f64le": Encoding(8, 3)}
 ENCODINGS |= {"pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256)))}
 ENCODINGS |= {"alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55)))}
 ENCODINGS |= {"mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF)))}
+WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
+WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
 
 def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
@@ -3038,10 +3037,6 @@ class Wav(Pcm):
 # flag and the first gain, in CELT frames the coarse energies of the bands below 4 kHz. No more is read, which
 # costs 1 to 2 dB. CELT predicts energies from the frame before, so every packet must be seen, in order.
 
-LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)  # of a frame at 48 kHz
-OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
 
 def opus_laplace(zero: int, decay: int) -> list[int]:
     """The model of 0, -1, 1, -2, 2 and so on: zero / 256, then falling by decay / 256 (4.3.2.1)."""
@@ -3053,6 +3048,9 @@ def opus_laplace(zero: int, decay: int) -> list[int]:
     return model
 
 
+LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)  # of a frame at 48 kHz
+OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # models of flags, see RangeDecoder.read
 CELT_OCTAVE, CELT_TAPSET = [1, 2, 3, 4, 5, 6], [2, 3, 4]
 CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
@@ -3490,8 +3488,7 @@ class FragmentedMP4(Format):
             if flags & 0x100:
                 first, stride = 8 + 4 * (flags & 1) + (flags & 4), 4 * (flags & 0xF00).bit_count()
                 places = range(first, len(trun), stride)[:count]
-                each = sorted(int.from_bytes(trun[at : at + 4]) for at in places)
-                usual = each[len(each) // 2] if each else 0
+                usual = median_high([int.from_bytes(trun[at : at + 4]) for at in places] or [0])
             ticks += count * usual
         if not SHORTEST_FRAGMENT * self.clock <= ticks <= LONGEST_FRAGMENT * self.clock or not ticks:
             raise Damage("a fragment of absurd duration")
