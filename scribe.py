@@ -3575,22 +3575,12 @@ QUEUE_SECONDS, STORE_SECONDS = 10.0, 1.0  # for other uploads, without a client;
 
 
 class Upload(NamedTuple):
-    """An object to be: a header, and behind it a stretch of a recording, read piece by piece."""
+    """An object to be."""
 
     key: str
     media_type: str
-    header: bytes
-    offset: int
-    size: int  # bytes, without the header
-    recording: Recording
-
-    def pieces(self) -> Iterator[bytes]:
-        """The object in pieces of PART_BYTES, the last one shorter; one at least."""
-        whole, head = len(self.header) + self.size, len(self.header)
-        for begin in range(0, max(whole, 1), PART_BYTES):
-            front = self.header[begin : begin + PART_BYTES]
-            size = min(PART_BYTES, whole - begin) - len(front)
-            yield front + self.recording.read(self.offset + max(0, begin - head), size)
+    size: int  # bytes
+    pieces: Iterator[bytes]  # of PART_BYTES, the last one shorter; one at least
 
 
 class Archive:
@@ -3637,15 +3627,14 @@ class Archive:
 
     async def _store(self, upload: Upload) -> None:
         target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
-        size = upload.size + len(upload.header)
-        if size > PART_BYTES:
+        if upload.size > PART_BYTES:
             await self._store_parts(target, upload)
         else:
-            await self._client.put_object(**target, Body=next(upload.pieces()), ContentType=upload.media_type)
+            await self._client.put_object(**target, Body=next(upload.pieces), ContentType=upload.media_type)
         try:  # look before the only other copy is deleted: a proxy's page has status 200 too
             found = await self._client.head_object(**target)
-            if found.get("ContentLength", size) != size:
-                raise OSError(f"the bucket has {found['ContentLength']} bytes of {size}")
+            if found.get("ContentLength", upload.size) != upload.size:
+                raise OSError(f"the bucket has {found['ContentLength']} bytes of {upload.size}")
         except self._client.exceptions.ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:  # we may write, and not read
                 raise
@@ -3658,7 +3647,7 @@ class Archive:
         begun = await self._client.create_multipart_upload(**target, ContentType=upload.media_type)
         target, parts = {**target, "UploadId": begun["UploadId"]}, []
         try:
-            for number, piece in enumerate(upload.pieces(), 1):
+            for number, piece in enumerate(upload.pieces, 1):
                 part = await self._client.upload_part(**target, PartNumber=number, Body=piece)
                 parts.append({"PartNumber": number, "ETag": part["ETag"]})
             await self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
@@ -3716,15 +3705,24 @@ class Deposit:
         session, lines = self._session, list[str]()
         if name == "audio":
             _, kind, header, offset, size = self.about()
-            return Upload(self._key(name), kind, header.encode("latin-1"), offset, size, session.recording)
+            pieces = self._pieces(header.encode("latin-1"), offset, size)
+            return Upload(self._key(name), kind, len(header) + size, pieces)
         about: Message = {"session": session.recording.name, "opened": session.state.opened}
         about |= {"options": asdict(session.state.options), **(session.state.summary or {})}
         for number, segment in enumerate(await session.recording.segments()):
             lines.append(json.dumps(segment, ensure_ascii=False))
             if number % 256 == 0:  # which take some ms
                 await asyncio.sleep(0)
-        text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'
-        return Upload(self._key(name), "application/json", text.encode(), 0, 0, session.recording)
+        text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'.encode()
+        return Upload(self._key(name), "application/json", len(text), self._pieces(text))
+
+    def _pieces(self, header: bytes, offset: int = 0, size: int = 0) -> Iterator[bytes]:
+        """A header, and behind it a stretch of the recording, which is read piece by piece."""
+        whole, head = len(header) + size, len(header)
+        for begin in range(0, max(whole, 1), PART_BYTES):
+            front = header[begin : begin + PART_BYTES]
+            rest = min(PART_BYTES, whole - begin) - len(front)
+            yield front + self._session.recording.read(offset + max(0, begin - head), rest)
 
 
 # ---- A second opinion: levels cannot tell music from speech ----

@@ -7035,7 +7035,7 @@ class Bucket(scribe.Archive):
         if fate.closed[0] <= _now() < fate.closed[1]:
             fate.happened["closed"] += 1
             return False
-        fate.stored[self.address(upload.key)] = b"".join(upload.pieces())
+        fate.stored[self.address(upload.key)] = b"".join(upload.pieces)
         if how:
             raise Killed
         return True
@@ -7156,7 +7156,7 @@ class Shelf(scribe.Archive):
 
     async def store(self, upload: scribe.Upload, *_: object) -> bool:
         if not self.closed:
-            self.stored[self.address(upload.key)] = b"".join(upload.pieces())
+            self.stored[self.address(upload.key)] = b"".join(upload.pieces)
         return not self.closed
 
 
