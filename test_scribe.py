@@ -799,11 +799,8 @@ class Scribe:
         """Starts it (again), on the same port and spool, and waits until it is healthy."""
         foreign = ("OPENAI_", "AWS_", "S3_", "SCRIBE_", "SPOOL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        limit = ("sh", "-c", f'ulimit -n {self.descriptors}; exec "$0" "$@"') if self.descriptors else ()
         self._process = await asyncio.create_subprocess_exec(
-            *limit,
-            sys.executable,
-            *(str(SCRIPT), "--host", "127.0.0.1", "--port", str(self.port), *self.flags),
+            *self.command(),
             env={**inherited, "OPENAI_API_KEY": "test", "PYTHONUNBUFFERED": "1", **self.env},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -813,6 +810,11 @@ class Scribe:
             while await self.get("/healthz") != 200:
                 assert self._process.returncode is None, "\n".join(self.lines)
                 await asyncio.sleep(0.05)
+
+    def command(self) -> list[str]:
+        limit = ("sh", "-c", f'ulimit -n {self.descriptors}; exec "$0" "$@"') if self.descriptors else ()
+        flags = ("--host", "127.0.0.1", "--port", str(self.port), *self.flags)
+        return [*limit, sys.executable, str(SCRIPT), *flags]
 
     async def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal, waits for the end, and returns the exit code (-9 after SIGKILL)."""
@@ -5866,6 +5868,110 @@ async def test_an_hour_takes_no_memory(env: dict[str, str], endpoint: Endpoint, 
             f" RSS {before / 1e6:.1f} MB before, {peak / 1e6:.1f} at most, {after / 1e6:.1f} after"
         )
         assert after < before + 10e6
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The image: its size, a container that is killed and stopped, the client in it
+
+
+IMAGE_DISK, IMAGE_COMPRESSED = 50_000_000, 20_000_000  # bytes, at most
+CONFINED = ("--network", "host", "--read-only")  # but for this machine's loopback
+
+
+def docker(*arguments: str) -> str:
+    """What a command of Docker prints."""
+    ended = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[str]:
+    """Its name, which no other has."""
+    if not shutil.which("docker"):
+        pytest.skip("docker is not installed")
+    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("no Docker engine answers: start one, or name it in DOCKER_HOST")
+    name = f"scribe-test-{os.getpid()}"
+    docker("build", "--quiet", "--network", "host", "--tag", name, str(SCRIPT.parent))
+    yield name
+    docker("image", "rm", name)
+
+
+@dataclass
+class Container(Scribe):
+    """`async with Container(env, image=image) as server`: it may write to its volume only, which stays."""
+
+    image: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.image}-{self.port}"  # of the volume too
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        docker("volume", "rm", self.name)
+
+    def command(self) -> list[str]:
+        options = (*CONFINED, "--volume", f"{self.name}:/spool", "--health-interval", "1s")
+        passed = ("OPENAI_API_KEY", *self.env)  # by name: as `start` sets them
+        env = (f"--env={setting}" for setting in ("HOST=127.0.0.1", f"PORT={self.port}", *passed))
+        return ["docker", "run", "--rm", "--name", self.name, *options, *env, self.image]
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stops or kills it, and returns the exit code (137 if killed)."""
+        if not self.ended:
+            await asyncio.to_thread(docker, "stop" if number == signal.SIGTERM else "kill", self.name)
+        return await super().stop(0)  # which only waits
+
+    async def health(self) -> str:
+        """What its own check says."""
+        return await asyncio.to_thread(docker, "inspect", "--format", "{{.State.Health.Status}}", self.name)
+
+
+@pytest.mark.docker
+def test_the_image_is_small_and_its_user_is_not_root(image: str) -> None:
+    on_disk, user = docker("image", "inspect", "--format", "{{.Size}} {{.Config.User}}", image).split()
+    saved = subprocess.run(f"docker save {image} | gzip | wc -c", shell=True, capture_output=True, check=True)
+    print(f"\n{int(saved.stdout) / 1e6:.1f} MB compressed, {int(on_disk) / 1e6:.1f} MB on disk")
+    assert int(saved.stdout) <= IMAGE_COMPRESSED and int(on_disk) <= IMAGE_DISK
+    assert user == "65532:65532"
+
+
+@pytest.mark.docker
+async def test_a_container_goes_on_where_a_killed_one_was(image: str, endpoint: Endpoint, s3: Moto) -> None:
+    sessions = [Session.drawn(random.Random(seed)) for seed in range(8)]
+    times = [time.monotonic()]
+    async with Container(s3.env | {"OPENAI_BASE_URL": endpoint.url}, image=image) as server:
+        times.append(time.monotonic())
+        talks = [asyncio.create_task(session.talk(server.uri, SPEED)) for session in sessions]
+        await asyncio.sleep(1)
+        assert await server.stop(signal.SIGKILL) == 137
+        await server.start()
+        results = await asyncio.gather(*talks)
+        async with asyncio.timeout(START_SECONDS):
+            while await server.health() != "healthy":
+                await asyncio.sleep(0.1)
+        times.append(time.monotonic())
+        assert await server.stop() == 0
+        times.append(time.monotonic())
+        assert "Traceback" not in "\n".join(server.lines)
+    print(f"\nhealthy in {times[1] - times[0]:.2f} s, stopped in {times[3] - times[2]:.2f} s")
+    stored = s3.objects()
+    assert len(stored) == 2 * len(sessions) and orphans(s3) == []
+    for session, result in zip(sessions, results, strict=True):
+        session.assert_whole(result, stored)
+    assert any(len(result.codes) > 1 for result in results), "too little happened"
+
+
+@pytest.mark.docker
+async def test_the_client_in_the_image_streams_the_sample(image: str, endpoint: Endpoint, s3: Moto) -> None:
+    async with Container(s3.env | {"OPENAI_BASE_URL": endpoint.url}, image=image) as server:
+        run = ("run", "--rm", *CONFINED, "--volume", f"{SAMPLE}:/audio.wav:ro", image, "python", "client.py")
+        text = await asyncio.to_thread(docker, *run, "/audio.wav", "--uri", server.uri)
+    transcript, recording = (data for _, data in sorted(s3.objects().items()))
+    assert recording == SAMPLE.read_bytes()
+    assert words_of(text) == words_of(json.loads(transcript)["full_transcription"])
 
 
 # -----------------------------------------------------------------------------------------------------------
