@@ -470,16 +470,14 @@ class Pcm(Format):
 
     def _read(self) -> list[Frame]:
         """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
-        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
+        at, ready = self.offset, min(self._end - self.offset, len(self.buffer))
         unit = max(self.block, min(self._unit, ready - ready % self.block))
         count = -(-unit // self.encoding.size // self._nth)
         seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
-        data = self.drop(ready - ready % unit)
-        for heard in struct.iter_unpack(f"{count}h", self.encoding.decode(data, self._nth)):
-            sound = math.hypot(*heard) / full
-            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
-            at += unit
-        return frames
+        samples = self.encoding.decode(self.drop(ready - ready % unit), self._nth)
+        sounds = (math.hypot(*heard) / full for heard in struct.iter_unpack(f"{count}h", samples))
+        levels = (20 * math.log10(sound) if sound else SILENT_DB for sound in sounds)
+        return [Frame(at + unit * index, unit, seconds, level) for index, level in enumerate(levels)]
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
@@ -659,8 +657,7 @@ class Segmenter:
 
     def feed(self, frames: Iterable[Frame]) -> list[Window]:
         """The windows that these frames end."""
-        windows: list[Window] = []
-        floor, keep, sound = self._floor, self._frames.append, self._sound
+        floor, keep, sound, windows = self._floor, self._frames.append, self._sound, list[Window]()
         for frame in frames:
             self.now = now = self.now + frame.seconds
             keep(frame, now)
@@ -726,9 +723,8 @@ class Segmenter:
         _, syllables = runs(times, frames.levels[own:], nothing + CLEAR_DB)
         heard = max(sounds, default=0.0) >= CLICK_SECONDS or sum(sorted(syllables)[-2:]) >= SYLLABLES_SECONDS
         heard = heard or (self._said and self.start <= self._cut)  # the end of speech may come in pieces
-        speech = sum(sounds) if heard else 0.0
         last, first = min(self.last, times[-1]), edges[0] if edges else self.first
-        return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
+        return Window(self.start, times[-1], min(first, last), last, sum(sounds) * heard, clean, frames)
 
 
 # ---- Transcript: hypotheses in, final and interim text out -------------------------------------------------
