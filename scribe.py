@@ -900,10 +900,9 @@ class Whisper:
     async def ask(self, post: Post) -> dict[str, Any]:
         """The endpoint's JSON. Raises EndpointError."""
         while True:
-            form = self._form(post)
+            form, url = self._form(post), self._urls[post.options.task]
             try:
-                url, files = self._urls[post.options.task], {"file": post.file}
-                response = await self._client.post(url, data=form, files=files)
+                response = await self._client.post(url, data=form, files={"file": post.file})
                 response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
             except httpx.HTTPError as error:
                 raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
@@ -911,8 +910,7 @@ class Whisper:
                 return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
-        form: dict[str, Any] = {"model": self._model, "prompt": post.prompt}
-        form["timestamp_granularities[]"] = ["word", "segment"]
+        form = {"model": self._model, "prompt": post.prompt, "timestamp_granularities[]": ["word", "segment"]}
         if post.options.task == "transcribe":  # languages[] is of models that take several
             form["languages[]" if "language" in self._refused else "language"] = post.options.language
         form = {name: content for name, content in form.items() if content and name not in self._refused}
@@ -1067,9 +1065,7 @@ class Desk:
             yield slot.result()
         finally:
             if slot.done():
-                desk = slot.result()
-                desk._taken[session] -= 1
-                desk._taken += Counter()  # forget sessions without any
+                slot.result()._taken -= Counter([session])  # and forget sessions without any
             else:
                 slot.cancel()  # wherever it waits
             for desk in filter(None, (self, self._fallback)):
