@@ -1356,19 +1356,16 @@ class State:
             case "silent":
                 self.warned = True
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
-        self._settle_language(*event.get("language", ("", 0.0)))
+        language, seconds = event.get("language", ("", 0.0))  # of a window, and of its speech
+        if language and seconds >= DECIDING_SECONDS:  # one long window is not enough for a change
+            self.language = language if language == self._last_language else self.language or language
+            self._last_language = language
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
                 del self.marks[0]
         if "found" in event:
             self.gaps = [gap for gap in self.gaps if not gap.start - ROUNDING <= event["found"] < gap.end]
-
-    def _settle_language(self, language: str, seconds: float) -> None:
-        """Take up what a window with so much speech was in. One long window is not enough for a change."""
-        if language and seconds >= DECIDING_SECONDS:
-            self.language = language if language == self._last_language else self.language or language
-            self._last_language = language
 
 
 # ---- Client: what one connection is told, by one writer ----------------------------------------------------
