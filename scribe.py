@@ -993,10 +993,11 @@ class Desk:
                         raise
             await asyncio.sleep(delay)
 
-    def spare(self) -> bool:
-        """Whether an interim takes nothing from a final: of a limited rate it leaves half."""
+    def pace(self) -> float:
+        """How much rarer interims must be; infinitely: one would take from a final. Half a rate is left."""
         desk = self._chosen
-        return not desk._waiting and not desk._failures and desk._delay(INTERIM_TOKENS) <= 0
+        spare = not desk._waiting and not desk._failures and desk._delay(INTERIM_TOKENS) <= 0
+        return 1.0 + desk._taken.total() / desk._trips.limit if spare else math.inf
 
     def trouble(self) -> EndpointError | None:
         """Why no request will succeed soon, and for how long none goes out; None if one may."""
@@ -1005,10 +1006,6 @@ class Desk:
             return type(desk._error)(str(desk._error), wait=max(pause, desk._trial - self._clock(), 0.0))
         asked = EndpointError("the endpoint asks to be left alone", wait=pause)
         return asked if pause > self._settings.deadline_seconds else None
-
-    def load(self) -> float:
-        """The share of the slots that is taken."""
-        return self._chosen._taken.total() / self._chosen._trips.limit
 
     @property
     def _failing(self) -> bool:  # the circuit is open
@@ -1947,10 +1944,10 @@ class Session:
         segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
         if not self.state.options.interim or self.state.over or self._behind():
             return
-        transcript, pace = self.state.transcript, self._budget.pace(self._clock())
-        if not interims.due(segmenter, transcript.resume, max(pace, 1.0 + desk.load())):
+        transcript, pace = self.state.transcript, max(self._budget.pace(self._clock()), desk.pace())
+        if not interims.due(segmenter, transcript.resume, pace):
             return
-        if interims.asking or self._pending or not desk.spare() or pace == math.inf:
+        if interims.asking or self._pending or pace == math.inf:
             if not interims.paused and (interims.fresh(segmenter) >= INTERIM_MOST or desk.trouble()):
                 interims.paused = True
                 text = "Interim text pauses: the endpoint or the budget is short."

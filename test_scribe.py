@@ -2323,11 +2323,11 @@ def test_an_interim_takes_only_what_no_final_wants() -> None:
     async def main() -> None:
         ear = Ear()
         desk, session = desk_of(ear, concurrency=1), object()
-        assert desk.spare()
+        assert desk.pace() < math.inf
         async with asyncio.TaskGroup() as group:
             group.create_task(desk.answer(session, ready("final"), math.inf, True))
             await asyncio.sleep(0.1)
-            assert not desk.spare()
+            assert desk.pace() == math.inf
             with pytest.raises(scribe.EndpointError):
                 await desk.answer(session, ready("interim"), 0.0, False)
         assert await desk.answer(session, ready("interim"), 0.0, False) == {"text": "interim"}
