@@ -231,7 +231,7 @@ CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a
 
 
 class FormatError(Exception):
-    """The stream cannot be read further; the message says where (byte) and what to do."""
+    """A stream cannot be read further, or a journal at all; the message says where (byte) and what to do."""
 
 
 class Damage(FormatError):
@@ -1118,10 +1118,6 @@ class Locked(SpoolError):
     """The session cannot be had now: another process works on it, or there is no room."""
 
 
-class Unreadable(Exception):
-    """The files of a session make no sense, which is no fault of the spool."""
-
-
 def alias(session: str) -> str:
     """What a session is called in logs and keys: its id is enough to resume it, this opens nothing."""
     return hashlib.blake2b(session.encode(), digest_size=8).hexdigest()
@@ -1640,7 +1636,7 @@ class Session:
             await client.done.wait()
 
     async def run(self) -> bool:
-        """Work until over or at rest; tells if it waits for the bucket. Raises SpoolError, Unreadable."""
+        """Work until over or at rest; tells if it waits for the bucket. Raises SpoolError, FormatError."""
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 await self._remember()
@@ -1698,7 +1694,7 @@ class Session:
             for _ in self.stream.go_on(self.state.marks[0], self.recording.read):
                 await self.services.turn.go_on()
         except (AttributeError, FormatError, KeyError, TypeError, ValueError) as error:
-            raise Unreadable(f"the journal cannot be read: {error!r}") from error
+            raise FormatError(f"the journal cannot be read: {error!r}") from error
         self.segmenter = Segmenter(self.state.transcript.heard, self.state.marks[0].seconds)
         self.known.set()
 
@@ -2121,7 +2117,7 @@ class Server:
                 self._sweep.postpone(name)
             else:
                 self._sweep.forget(name)
-        except* (SpoolError, Unreadable) as errors:
+        except* (SpoolError, FormatError) as errors:
             error: BaseException = errors
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
