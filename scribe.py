@@ -1485,8 +1485,7 @@ class Client:
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
-IDLE_QUIET_SECONDS, IDLE_QUIET = 1.0, 0.1  # without audio, after so much silence: the utterance is over
-IDLE_SECONDS = 5.0  # without audio: over even in mid-word; sooner a stalled network would cut words
+IDLE_QUIET_SECONDS, IDLE_SECONDS = 1.0, 5.0  # without audio: over at a pause; in mid-word, as networks stall
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 5.0  # waiting windows become one request, up to Whisper's own window
@@ -1735,7 +1734,7 @@ class Session:
             await self.services.turn.go_on()
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
-        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= IDLE_QUIET
+        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= SHORT_PAUSE
         if not self._behind() and (paused or (idle >= IDLE_SECONDS and self.client)):
             self._queue(self.segmenter.flush())
 
@@ -1975,15 +1974,14 @@ class Session:
 
     def _take_interim(self) -> None:
         """Make final what an interim agrees on with the one before, and show the rest."""
-        if not (answer := self._interims.answer()):
-            return
-        step, rest = self.state.transcript.agree(*answer)
-        if step:
-            self._advance(step, *answer)
-            self.segmenter.advance(step.resume)
-        if self.client and rest:
-            start = max(rest[0].start, self.state.transcript.end)
-            self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
+        if answer := self._interims.answer():
+            step, rest = self.state.transcript.agree(*answer)
+            if step:
+                self._advance(step, *answer)
+                self.segmenter.advance(step.resume)
+            if self.client and rest:
+                start = max(rest[0].start, self.state.transcript.end)
+                self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
 
 
 def span(timed: Word | Step | Gap) -> dict[str, float]:
