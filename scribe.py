@@ -1359,9 +1359,8 @@ class State:
 
 
 # ---- Client: what one connection is told, by one writer ----------------------------------------------------
-# What the journal has for a client is read from there when the connection takes it, so nothing piles up for
-# one that reads slowly, and one that comes back is told from where it stopped. Beside it there are notices, a
-# few, and the newest interim, which is behind all else.
+# What the journal has is read there when the connection takes it: nothing piles up for one that reads slowly,
+# one that comes back hears from where it stopped. Beside it are a few notices and, last, the newest interim.
 
 FINISHING_SECONDS = 3.0  # until one that waits for the end hears that it is not forgotten
 ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
