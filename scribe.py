@@ -1803,14 +1803,13 @@ class Session:
         """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
         for window in (part for whole in windows for part in whole.parts(self.most_bytes)):
             interim = self._interims.turn(window)
-            last = self._pending[-1] if self._pending else None
-            near = last and window.start - last.window.end <= MERGE_GAP_SECONDS
-            fits = last and window.end - last.window.start <= self.within(MERGE_SECONDS)
-            fits = fits and last and last.window.bytes + window.bytes <= self.most_bytes
-            if last and near and fits and not last.posted:
+            last = self._pending[-1] if self._pending else Pending(window, posted=True)  # takes in none
+            pause, whole = window.start - last.window.end, window.end - last.window.start
+            fits = whole <= self.within(MERGE_SECONDS) and last.window.bytes + window.bytes <= self.most_bytes
+            if pause <= MERGE_GAP_SECONDS and fits and not last.posted:
                 last.window = last.window.joined(window)
             elif self.state.summary is None:
-                self._pending.append(interim if interim and not last else Pending(window))
+                self._pending.append(interim if interim and not self._pending else Pending(window))
 
     def _launch(self) -> None:
         """Start requests, but none behind a window that may leave it a word, or waits and may take it in."""
