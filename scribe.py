@@ -60,7 +60,7 @@ from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median, median_high
@@ -3700,8 +3700,11 @@ class Deposit:
             yield front + self._session.recording.read(offset + max(0, begin - head), rest)
 
 
-# ---- A second opinion: levels cannot tell music from speech ----
+# ---- A second opinion, as levels cannot tell music from speech; and offline recognition ----
+# In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
+# faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
 
+POCKETSPHINX = "pocketsphinx"
 HEARING_RATE, VAD_SAMPLES = 16000, 512  # samples a second, of the models; that Silero VAD hears at once
 VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
@@ -3736,13 +3739,6 @@ def _resampled(wav: bytes) -> array[int]:
     return array("h", ((sums[end] - sums[begin]) // (end - begin) for begin, end in spans))
 
 
-# ---- Offline recognition ----
-# In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
-# faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
-
-POCKETSPHINX = "pocketsphinx"
-
-
 def rough(settings: Settings) -> bool:
     """Whether PocketSphinx hears."""
     chosen = settings.offline_model == POCKETSPHINX
@@ -3750,11 +3746,11 @@ def rough(settings: Settings) -> bool:
 
 
 class Offline:
-    """The worker, as an engine."""
-
-    _hearing: Future[Any] | None = None  # what the worker is at, wanted or not
+    """The worker, as an engine. It is spawned, for a fork would be a second owner of our sockets."""
 
     def __init__(self, settings: Settings) -> None:
+        self._pool: ProcessPoolExecutor | None = None  # of the worker, from when it is needed
+        self._hearing: Future[Any] | None = None  # what it is at, wanted or not
         self._model, kind = settings.offline_model, "of faster-whisper: a folder, or a name to fetch once"
         if rough(settings):
             self._model, kind = POCKETSPHINX, "English only, and rough; better: pip install faster-whisper"
@@ -3768,17 +3764,13 @@ class Offline:
             reason = str(error) or "interrupted"
             raise ValueRefused(f"OFFLINE_MODEL: {self._model} ({kind}) is not loaded: {reason}") from None
 
-    @cached_property
-    def _pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a fork would be a second owner of our sockets
-        return ProcessPoolExecutor(1, context)
-
     async def close(self) -> None:
         """End the worker, whatever it is at; another request would begin a new one."""
         for worker in multiprocessing.active_children():
             worker.kill()
-        self._pool.shutdown()
-        del self._pool
+        if self._pool:
+            self._pool.shutdown()
+        self._pool = None
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """What the recogniser hears, in the shape of verbose_json. Raises EndpointError."""
@@ -3786,6 +3778,7 @@ class Offline:
             with contextlib.suppress(EndpointError, BrokenExecutor):
                 await asyncio.wrap_future(self._hearing)
         try:
+            self._pool = self._pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             self._hearing = self._pool.submit(_hear, self._model, post)
             return cast(dict[str, Any], json.loads(await asyncio.wrap_future(self._hearing)))
         except BrokenExecutor:
@@ -3807,12 +3800,11 @@ def _recogniser(model: str) -> Callable[[Post], dict[str, Any]]:
     """Loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end, daemon=True).start()
+    load = importlib.import_module
     if model == POCKETSPHINX:
-        decoder = importlib.import_module(model).Decoder(samprate=HEARING_RATE, loglevel="FATAL")
-        return partial(_sphinx, decoder)
-    importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())  # else a semaphore, which a kill leaves
-    whisper = importlib.import_module("faster_whisper").WhisperModel(model, compute_type="auto")
-    return partial(_whisper, whisper)
+        return partial(_sphinx, load(model).Decoder(samprate=HEARING_RATE, loglevel="FATAL"))
+    load("tqdm").tqdm.set_lock(threading.RLock())  # else a semaphore, which a kill leaves
+    return partial(_whisper, load("faster_whisper").WhisperModel(model, compute_type="auto"))
 
 
 def _end() -> None:
