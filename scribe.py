@@ -2741,9 +2741,8 @@ PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a p
 STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
 PHANTOM_REST = 5.0  # seconds; since speech, or of silence, in which a phantom's words are said alone
 PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom's words, said
-PHANTOMS = re.compile(  # what Whisper says of silence, without spaces
-    "you|bye|thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching|pleasesubscribe|seeyounexttime"
-)
+THANKS = "thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching"
+PHANTOMS = re.compile(f"you|bye|{THANKS}|pleasesubscribe|seeyounexttime")  # said of silence; without spaces
 # Whisper's names for languages (tokenizer.py), with their codes where those are not the first two letters.
 LANGUAGE_NAMES = """afrikaans albanian=sq amharic arabic armenian=hy assamese azerbaijani bashkir basque=eu
 belarusian bengali=bn bosnian=bs breton bulgarian=bg cantonese=yue catalan chinese=zh croatian=hr czech=cs
@@ -2840,8 +2839,7 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
         end = letters[count] if space < 0 else space  # a space belongs to the word behind it
         piece, begin = text[begin:end], end
         # whisper.cpp times tokens: this is the rest of a word; scripts without spaces stay in pieces
-        rest = not piece[:1].isspace() and (piece[:1] < "\u2e80" or not piece[:1].isalnum())
-        if words and rest:
+        if words and not piece[:1].isspace() and (piece[:1] < "\u2e80" or not piece[:1].isalnum()):
             words[-1] = Word(words[-1].text + piece, words[-1].start, word.end)
         elif piece:
             words.append(Word(piece, word.start, word.end))
