@@ -3751,7 +3751,7 @@ class Offline:
         self._hearing: Future[Any] | None = None  # what it is at, wanted or not
         self._model, kind = settings.offline_model, "of faster-whisper: a folder, or a name to fetch once"
         if rough(settings):
-            self._model, kind = POCKETSPHINX, "English only, and rough; better: pip install faster-whisper"
+            self._model, kind = POCKETSPHINX, "English, and rough; better: pip install faster-whisper 'av<19'"
         log.info("offline recognition: %s (%s)", self._model, kind)
         noise = array("h", random.Random(1).choices(range(-40, 41), k=HEARING_RATE)).tobytes()
         first = Post(("", Pcm().file([noise], 0), Pcm.media_type), 1.0, Options(language="en"), "")
