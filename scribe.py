@@ -684,8 +684,8 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        nothing = not self.open or (self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS)
-        return [] if nothing else self._close(self.now, clean=True)  # what has only begun may become a word
+        begun = self._clean and self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
+        return self._close(self.now, clean=True) if self.open and not begun else []  # it may become a word
 
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""

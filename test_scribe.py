@@ -1506,6 +1506,7 @@ def windows_of(frames: Sequence[scribe.Frame], cuts: Iterable[int] = ()) -> list
 
 
 @given(RUNS)
+@example([(LOUD, 298), (math.nan, 400), (LOUD, 400), (math.nan, 400)])  # 0.08 s behind a cut in mid-speech
 def test_windows_hold_all_speech_once_and_no_silence(runs: list[tuple[float, int]]) -> None:
     frames = levels_of(runs)
     windows = windows_of(frames)
