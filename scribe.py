@@ -472,9 +472,12 @@ class Pcm(Format):
         count = -(-unit // self.encoding.size // self._nth)
         seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
         samples = self.encoding.decode(self.drop(ready - ready % unit), self._nth)
-        sounds = (math.hypot(*heard) / full for heard in struct.iter_unpack(f"{count}h", samples))
-        levels = (20 * math.log10(sound) if sound else SILENT_DB for sound in sounds)
-        return [Frame(at + unit * index, unit, seconds, level) for index, level in enumerate(levels)]
+        frames = list[Frame]()  # in a loop, which is quicker than expressions: this is the most frequent work
+        for heard in struct.iter_unpack(f"{count}h", samples):
+            sound = math.hypot(*heard) / full
+            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
+            at += unit
+        return frames
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
