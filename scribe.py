@@ -73,6 +73,7 @@ from websockets import ConnectionClosed, Request, Response, ServerConnection, se
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
+# By settings the operator decides, by options a client does. What cannot be used of them is refused by name.
 # A setting is an environment variable (its name in capitals) and a flag, with dashes, which wins, but secrets
 # have no flag: every user of a machine sees its command lines. An option is a query parameter.
 
@@ -212,8 +213,10 @@ def _wanted(found: Any, valid: Any) -> str:
 # Reading is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
 # stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
 # stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
-# holds more. Behind an `error` nothing is read, the frames before it stand. Reading can also begin in
-# mid-stream, at a `place`: all that must be known stands between `origin` and the first frame behind it.
+# holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
+# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
+# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
+# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -223,9 +226,6 @@ MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
 LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
 LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
-FRAME_SECONDS = 0.02  # of PCM: short enough for a pause of 100 ms to show, long enough for a true level
-LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
-ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
 Steps = Generator[bool, None, None]
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
@@ -442,8 +442,15 @@ class Stream:
         return errors[told:]
 
 
+# ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
+
+FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
+LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
+ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
+
+
 class Pcm(Format):
-    """Raw samples of a declared encoding, in frames with their true level. Windows are WAVs of PCM16."""
+    """Raw samples of a declared encoding."""
 
     name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
     _first_sample, _end = 0, ENDLESS  # where the samples begin and end
@@ -463,17 +470,19 @@ class Pcm(Format):
 
     def step(self) -> Steps:
         yield from self.need(min(self._unit, self._end - self.offset))
-        self.found += Pcm.end(self)  # that of a WAV is of its end alone
+        self.found += self._read()
 
     def end(self) -> list[Frame]:
+        return self._read()
+
+    def _read(self) -> list[Frame]:
         """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
-        at, ready = self.offset, min(self._end - self.offset, len(self.buffer))
+        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
         unit = max(self.block, min(self._unit, ready - ready % self.block))
+        data = self.drop(ready - ready % unit)
         count = -(-unit // self.encoding.size // self._nth)
         seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
-        samples = self.encoding.decode(self.drop(ready - ready % unit), self._nth)
-        frames = list[Frame]()  # in a loop, which is quicker than expressions: this is the most frequent work
-        for heard in struct.iter_unpack(f"{count}h", samples):
+        for heard in self.encoding.listen(data, self._nth, count):
             sound = math.hypot(*heard) / full
             frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
             at += unit
@@ -495,8 +504,9 @@ class Pcm(Format):
 # Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
 # which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
 # pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
-# window closes at a pause, early on only at a real one, later at any breath, and at the limit at its quietest
-# place: a word may run through such a cut, the window is not `clean`. Windows are in order and disjoint.
+# window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
+# ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
+# cut, the window is not `clean`. Windows are in order and disjoint, and so never more than the stream.
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
@@ -507,7 +517,8 @@ MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too s
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
 CLEAR_DB, SYLLABLES_SECONDS = 10.0, 0.17  # nor are two that are so much louder: two clicks touch eight frames
-LOOKBACK_SECONDS, FORGET_FRAMES = 2.0, 50  # of frames in front of a window; at once, for moving columns costs
+LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
+FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
 SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
@@ -551,7 +562,8 @@ class Frames:
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
         self.columns = list(columns or map(array, "QQdf"))
-        self.offsets, self.sizes, self.ends, self.levels = self.columns  # bytes; seconds of audio; dBFS
+        # bytes of the stream; where they end, in seconds of the session's audio; dBFS
+        self.offsets, self.sizes, self.ends, self.levels = self.columns
 
     def append(self, frame: Frame, end: float) -> None:
         """Add a frame which ends at a time in seconds."""
@@ -687,8 +699,11 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        begun = self._clean and self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
-        return self._close(self.now, clean=True) if self.open and not begun else []  # it may become a word
+        if not self.open:
+            return []
+        # what has only begun may become a word, but behind an unclean cut it is the rest of one
+        begun = self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
+        return [] if begun and self._clean else self._close(self.now, clean=True)
 
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""
@@ -723,18 +738,21 @@ class Segmenter:
         _, syllables = runs(times, frames.levels[own:], nothing + CLEAR_DB)
         heard = max(sounds, default=0.0) >= CLICK_SECONDS or sum(sorted(syllables)[-2:]) >= SYLLABLES_SECONDS
         heard = heard or (self._said and self.start <= self._cut)  # the end of speech may come in pieces
+        speech = sum(sounds) if heard else 0.0
         last, first = min(self.last, times[-1]), edges[0] if edges else self.first
-        return Window(self.start, times[-1], min(first, last), last, sum(sounds) * heard, clean, frames)
+        return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
 # ---- Transcript: hypotheses in, final and interim text out -------------------------------------------------
-# Where a window overlaps what is final already, the words said before are found by aligning the texts; word
-# times are off by 0.2 s and more, so they only break ties. Words become final at the end of a window, or
-# before it if two successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is
-# never changed. A hypothesis changes nothing by itself: it gives a step, true when the journal has it.
+# A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
+# overlaps what is final already, the words said before are found by aligning the texts; word times are off by
+# 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
+# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
+# hypothesis changes nothing by itself: it gives a step, which becomes true when the journal has it.
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
-CONTEXT_SECONDS, TRIM_SECONDS = 0.8, 1.0  # of final speech: heard again, to align by; lost at once, at least
+CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
+TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
 TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
 
 
@@ -767,14 +785,17 @@ def spelled(words: Iterable[Word]) -> str:
 
 
 def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
-    """How many of the first words were said before, as the last ones of the tail, which is not empty."""
-    # a semi-global alignment: of any end part of the tail with any first part of the words
+    """How many of the first words were said before, as the last ones of the tail, which is not empty.
+
+    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
+    all else -1. Equal texts at another time are other words: a second of distance costs 3.
+    """
     texts, row = [normal(word.text) for word in words], [-index for index in range(len(words) + 1)]
     for known in (normal(word.text) for word in tail):
         matches = [before + (2 if text == known else -1) for before, text in zip(row, texts, strict=False)]
         ends = [max(match, above - 1) for match, above in zip(matches, row[1:], strict=True)]
         row = list(accumulate(ends, lambda skipped, end: max(end, skipped - 1), initial=0))
-    # by their ends, without skipped words behind them: those are new, as are equal texts at another time
+    # by their ends, without skipped words behind them, for those are new
     worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
     if (best := max(worth, default=0.0)) > 0:
         return worth.index(best) + 1
@@ -972,8 +993,12 @@ class Desk:
             await desk._engine.close()
 
     async def answer(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
-        """The answer to a post. Raises EndpointError: trying `again` does not help, or not before a time."""
-        # of the deadline: waiting for other requests does not count, waiting for a dead endpoint does
+        """The answer to a post, which is tried once, or `again` and again.
+
+        Raises EndpointError if trying again does not help, or has not before the deadline, or before a time:
+        an interim, whose time is now, has a slot now or never. Waiting for other requests does not count,
+        waiting for a dead endpoint does.
+        """
         left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
             patient = min(until, self._clock() + self._settings.deadline_seconds)
@@ -1101,8 +1126,9 @@ def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
 # `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
 # line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
 # they are written. Windows are read back from the audio, so a session needs little memory however long it is;
-# clients are told from the journal; the archive is made from both; a restart goes on from them. There is no
-# fsync: they outlive the process, but not a power cut. A lock (flock) on the audio says which process has it.
+# clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
+# is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
+# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process has it.
 
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
@@ -1476,10 +1502,11 @@ class Client:
 # requests; before that, answers become final, for they decide where the next request begins. Requests are
 # tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
 # all audio is heard, `Ending` does the rest, and the loop goes on for clients that come back. Others call
-# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole. It lives as
-# long as it has a client or work. Without either it is at rest: its files are all there is of it, and whoever
-# opens them goes on from there. So a client that comes back, a restart and another server are one case, and a
-# session that is read back listens as one whose audio came at once: from a mark on.
+# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole.
+#
+# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
+# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
+# are one case, and a session that is read back listens as one whose audio came at once: from a mark on.
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
@@ -1578,7 +1605,7 @@ class Session:
         """Give the session to a client that has seen the transcriptions up to `after`. Raises SpoolError."""
         await self.known.wait()
         if self._ended:
-            raise SpoolError("the session has just ended: come back for it")
+            raise SpoolError("the session has just ended, or cannot be read: come back for it")
         if after > self.state.sequence:
             text = f"after: the last sequence number is {self.state.sequence}"
             client.close(CLOSE_REFUSED, "after", error_message("failed", text, fatal=True))
@@ -1806,13 +1833,17 @@ class Session:
         """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
         for window in (part for whole in windows for part in whole.parts(self.most_bytes)):
             interim = self._interims.turn(window)
-            last = self._pending[-1] if self._pending else Pending(window, posted=True)  # takes in none
-            pause, whole = window.start - last.window.end, window.end - last.window.start
-            fits = whole <= self.within(MERGE_SECONDS) and last.window.bytes + window.bytes <= self.most_bytes
-            if pause <= MERGE_GAP_SECONDS and fits and not last.posted:
+            last = self._pending[-1] if self._pending else None
+            if last and not last.posted and self._fits(last.window, window):
                 last.window = last.window.joined(window)
             elif self.state.summary is None:
-                self._pending.append(interim if interim and not self._pending else Pending(window))
+                self._pending.append(interim if interim and not last else Pending(window))
+
+    def _fits(self, window: Window, behind: Window) -> bool:
+        """Whether a window and the one behind it may be one request."""
+        pause, whole = behind.start - window.end, behind.end - window.start
+        small = window.bytes + behind.bytes <= self.most_bytes
+        return small and pause <= MERGE_GAP_SECONDS and whole <= self.within(MERGE_SECONDS)
 
     def _launch(self) -> None:
         """Start requests, but none behind a window that may leave it a word, or waits and may take it in."""
@@ -2498,7 +2529,8 @@ CHANCE_SHARE, CHANCE_REQUESTS = 0.3, 32  # of about the last requests: more refu
 INTERIM_TOKENS, PAUSE_MOST = 2.0, 20.0  # there for one, so half is left to finals; seconds, if none are asked
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
-QUEUED_FEW, QUEUED_MANY, ENOUGH = 0.5, 1.25, 6  # waiting: one more, one less; if so many round trips tell it
+QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # waiting: one more, one less
+ENOUGH = 6  # round trips that tell: beside as many others as may be
 HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
@@ -2685,7 +2717,8 @@ class Budget:
 
 INTERIM_LEAST, INTERIM_MOST = 0.8, 6.0  # seconds of new audio between two requests
 INTERIM_BASE, INTERIM_SLOPE = 0.25, 0.27  # of INTERIM_SECONDS; and more of it for each second of window
-SPECULATE_SECONDS, FINAL_SECONDS = 0.3, 3.0  # of such a pause; of a window that agreement leaves at its end
+SPECULATE_SECONDS = 0.3  # of silence: ask now, the answer may be the final
+FINAL_SECONDS = 3.0  # of a window that agreement has not made final when it ends
 
 
 class Interims:
@@ -2731,9 +2764,10 @@ class Interims:
 
 
 # ---- Answers -----------------------------------------------------------------------------------------------
-# What an endpoint says of a window, as words, or why there are none. Times stand at the top, in segments, or
-# nowhere, and are of words or of tokens. What Whisper makes up for silence is taken out: segments that it
-# doubts itself, known phantoms where there was next to no speech, loops; and echoes of the prompt.
+# What an endpoint says of a window, as words, without what nobody said; or why there are none.
+# Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
+# words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
+# phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS, LOOP_LONGEST = 3, 3, 40  # repeats; words that are a loop at any rate, and at most
@@ -2773,7 +2807,8 @@ def read_response(response: httpx.Response) -> dict[str, Any]:
     reason = error.get("message") if isinstance(error, dict) else error
     message = f"the endpoint answered {status}: {_text(str(reason or response.reason_phrase))[:200]}"
     hints = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check MODEL and the URL"}
-    hints |= {429: "the account has no credit left"} if "insufficient_quota" in response.text else {}
+    if "insufficient_quota" in response.text:
+        hints[429] = "the account has no credit left"
     if status in hints:
         raise Useless(f"{message} ({hints[status]})")
     again, wait = status in (408, 409, 429) or status >= 500, 0.0
@@ -2914,6 +2949,12 @@ class Encoding(NamedTuple):
     tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
     codes: bytes = b""  # what samples of 8 bits stand for, as PCM16
 
+    def listen(self, data: bytes, n: int, count: int) -> Iterator[tuple[int, ...]]:
+        """Every n-th sample as PCM16, in runs of `count`."""
+        if self.size == 2:  # as live audio is: to copy every n-th first takes longer
+            return struct.iter_unpack(f"h{2 * n - 2}x" * count, data + bytes(-len(data) % (2 * n)))
+        return struct.iter_unpack(f"{count}h", self.decode(data, n))
+
     def decode(self, data: bytes, n: int = 1) -> bytes:
         """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
         if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
@@ -2930,11 +2971,16 @@ class Encoding(NamedTuple):
         return bytes(samples)
 
 
-ENCODINGS = {"pcm_s16le": Encoding(2, 1), "pcm_s24le": Encoding(3, 1), "pcm_s32le": Encoding(4, 1)}
-ENCODINGS |= {"pcm_f32le": Encoding(4, 3), "pcm_f64le": Encoding(8, 3)}
-ENCODINGS |= {"pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256)))}
-ENCODINGS |= {"alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55)))}
-ENCODINGS |= {"mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF)))}
+ENCODINGS = {
+    "pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256))),
+    "pcm_s16le": Encoding(2, 1),
+    "pcm_s24le": Encoding(3, 1),
+    "pcm_s32le": Encoding(4, 1),
+    "pcm_f32le": Encoding(4, 3),
+    "pcm_f64le": Encoding(8, 3),
+    "alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55))),
+    "mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF))),
+}
 WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
 WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
 
@@ -3007,11 +3053,12 @@ class Wav(Pcm):
 
 # ---- Opus: packets in, Ogg files out ----
 # A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
-# Ogg, whatever they came in. Ogg writes packets into pages; behind a page's header stand laces, the lengths
-# of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845). Loudness comes from the first
-# symbols of a frame, by the codec's own range decoder (4.1): in SILK and hybrid frames the voice activity
-# flag and the first gain, in CELT frames the coarse energies of the bands below 4 kHz. No more is read, which
-# costs 1 to 2 dB. CELT predicts energies from the frame before, so every packet must be seen, in order.
+# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
+# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
+# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
+# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
+# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
+# energies from the frame before, so every packet must be seen, in order.
 
 
 def opus_laplace(zero: int, decay: int) -> list[int]:
@@ -3025,9 +3072,11 @@ def opus_laplace(zero: int, decay: int) -> list[int]:
 
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)  # of a frame at 48 kHz
+# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # models of flags, see RangeDecoder.read
+# The model of an alphabet is a list of the cumulative frequencies of its symbols.
+OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # flags
 CELT_OCTAVE, CELT_TAPSET = [1, 2, 3, 4, 5, 6], [2, 3, 4]
 CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
 CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
@@ -3041,13 +3090,15 @@ CELT_INTRA = 0.0, 0.15, list(map(opus_laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECA
 # Power of a band of energy 0, the pre-emphasis of 0.85 undone.
 CELT_EMPHASIS = [1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240) for low, high in pairwise(CELT_EDGES)]
 CELT_WEIGHTS = [4 ** (mean / 16) / gain for mean, gain in zip(CELT_MEANS, CELT_EMPHASIS, strict=True)]
-CELT_FULL_SCALE, CELT_SHORT = -91.0, -9.0  # dBFS of power 1, measured; dB, as eight short blocks add up
+CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
+CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
 SILK_PREDICTION = (7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7)
 SILK_STEREO = [list(accumulate(SILK_PREDICTION)), *([85, 171, 256], [51, 102, 154, 205, 256]) * 2]  # 4.2.7.1
 SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
 SILK_TYPES = [26, 256], [24, 98, 246, 256]  # without and with voice activity
+# High bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4).
 SILK_HIGH_BITS = (32, 112, 68, 29, 12, 1, 1, 1), (2, 17, 45, 60, 62, 47, 19, 4), (1, 3, 26, 71, 94, 50, 9, 2)
-SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]  # inactive, unvoiced, voiced
+SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
 SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
@@ -3143,7 +3194,8 @@ class Opus(Format):
     def _silk(self, frame: bytes, stereo: bool, samples: int) -> float:
         """The level of a frame of so many samples that begins with SILK frames (4.2.3 to 4.2.7.4)."""
         self.energies, read = Opus.energies, RangeDecoder(frame).read
-        voices = [[read(OPUS_EVEN) for _ in range(1 + max(1, samples // 960))] for _ in range(1 + stereo)]
+        count = max(1, samples // 960)  # of SILK frames
+        voices = [[read(OPUS_EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
         if any(channel.pop() for channel in voices):
             return SILK_COPIED[any(voices[0])]
         for alphabet in SILK_STEREO if stereo else []:
@@ -3299,7 +3351,8 @@ MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a
 MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
 MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
 MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
-MP3_FLOOR, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0  # dBFS of neither; dB a step; dB a root of bits: measured
+# dBFS of no gain and bits; dB of a step of the gain; dB by the square root of the number of bits: measured.
+MP3_FULL_SCALE, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0
 
 
 class MP3Header(NamedTuple):
@@ -3387,7 +3440,8 @@ class MP3(Format):
         width = 59 if header.samples == 1152 else 63  # bits of a granule
         for shift in range(width - 29, 8 * (header.data - header.side), width):
             used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
-            level = max(level, MP3_FLOOR + MP3_GAIN * gain + MP3_BITS * math.sqrt(used)) if used else level
+            if used:
+                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
         return min(level, LOUDEST_DB)
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
@@ -3547,7 +3601,8 @@ def recognise(head: bytes, limit: int) -> Format | None:
 # again. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
-QUEUE_SECONDS, STORE_SECONDS = 10.0, 1.0  # for other uploads, without a client; between attempts, at first
+QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
+STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
 
 
 class Upload(NamedTuple):
@@ -3701,11 +3756,8 @@ class Deposit:
             yield front + self._session.recording.read(offset + max(0, begin - head), rest)
 
 
-# ---- A second opinion, as levels cannot tell music from speech; and offline recognition ----
-# In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
-# faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
+# ---- A second opinion: levels cannot tell music from speech ----
 
-POCKETSPHINX = "pocketsphinx"
 HEARING_RATE, VAD_SAMPLES = 16000, 512  # samples a second, of the models; that Silero VAD hears at once
 VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
@@ -3738,6 +3790,13 @@ def _resampled(wav: bytes) -> array[int]:
     edges = (index * rate // HEARING_RATE * channels for index in range(count + 1))
     spans = ((begin, max(begin + channels, end)) for begin, end in pairwise(edges))
     return array("h", ((sums[end] - sums[begin]) // (end - begin) for begin, end in spans))
+
+
+# ---- Offline recognition ----
+# In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
+# faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
+
+POCKETSPHINX = "pocketsphinx"
 
 
 def rough(settings: Settings) -> bool:

@@ -8987,21 +8987,20 @@ def test_words_keep_their_times_whoever_spells_them(texts: list[str], seed: int)
     assert not said
 
 
-def test_cues_break_where_sentences_end_and_lines_are_even() -> None:
-    text = "Welcome to the meeting. You can read the text on your screen. "
-    text += "And the last words are the most important."
-    texts = [cue.text for cue in cues_of({"text": text, "start": 1.0, "end": 9.0})]
-    assert texts == [
-        "Welcome to the meeting.\nYou can read the text on your screen.",
-        "And the last words are the most important.",
-    ]
-    text = "When it is as long as this one is, a sentence is broken behind a comma, "
-    text += "if there is any near its middle."
-    texts = [cue.text for cue in cues_of({"text": text, "start": 1.0, "end": 9.0})]
-    assert texts == [
-        "When it is as long as this one is,",
-        "a sentence is broken behind a comma,\nif there is any near its middle.",
-    ]
+SENTENCES = [
+    "Welcome to the meeting.\nYou can read the text on your screen.",
+    "And the last words are the most important.",
+]
+CLAUSES = [
+    "When it is as long as this one is,",
+    "a sentence is broken behind a comma,\nif there is any near its middle.",
+]
+
+
+@pytest.mark.parametrize("cues", [SENTENCES, CLAUSES])
+def test_cues_break_where_sentences_and_clauses_end_and_lines_are_even(cues: list[str]) -> None:
+    text = " ".join(cues).replace("\n", " ")
+    assert [cue.text for cue in cues_of({"text": text, "start": 1.0, "end": 9.0})] == cues
 
 
 def test_a_text_without_spaces_is_broken_by_columns_and_not_in_front_of_a_stop() -> None:
