@@ -895,6 +895,10 @@ class Useless(EndpointError):
     """The endpoint does not take key or model, or the account has no credit: no request will succeed."""
 
 
+class Learnt(EndpointError):
+    """The endpoint does not take a field of the form, and will not be sent it again: ask at once."""
+
+
 class Post(NamedTuple):
     """A window as it is posted: a standalone file of so many seconds, and what is asked of it."""
 
@@ -920,15 +924,15 @@ class Whisper:
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """The endpoint's JSON. Raises EndpointError."""
-        while True:
-            form, url = self._form(post), self._urls[post.options.task]
-            try:
-                response = await self._client.post(url, data=form, files={"file": post.file})
-                response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
-            except httpx.HTTPError as error:
-                raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
-            if response.status_code != 400 or not self._learn(response.text, form):
-                return read_response(response)
+        form, url = self._form(post), self._urls[post.options.task]
+        try:
+            response = await self._client.post(url, data=form, files={"file": post.file})
+            response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
+        except httpx.HTTPError as error:
+            raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
+        if response.status_code == 400 and self._learn(response.text, form):
+            raise Learnt("the endpoint does not take the form", again=False)
+        return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
         form = {"model": self._model, "prompt": post.prompt, "timestamp_granularities[]": ["word", "segment"]}
@@ -1007,6 +1011,8 @@ class Desk:
                 asked = self._clock()
                 try:
                     return await desk._ask(await prepare(desk is not self))
+                except Learnt:  # a few times at most
+                    continue
                 except EndpointError as error:
                     delay = max(error.wait, _backoff(len(failures)))
                     left -= self._clock() - asked + delay

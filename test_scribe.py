@@ -2747,6 +2747,7 @@ def test_every_kind_of_endpoint_will_do(endpoint: Endpoint, interim: bool) -> No
     assert_told(TALK, result, tolerance=0.25)
     faults = [post for post in endpoint.posts if post.fault]
     assert len(faults) <= 2, "what it refuses is remembered"
+    assert result.complete and result.complete["usage"]["requests"] == len(endpoint.posts)
 
 
 @pytest.mark.parametrize("fault", [BROKEN, HANG, DROP, GARBAGE, refusal(400, "no")])
@@ -3234,7 +3235,7 @@ def test_what_a_vanished_client_has_sent_is_transcribed(middle: bool) -> None:
         await asyncio.sleep(30)
         heard = [word.text for post in endpoint.transcribed for word in post.heard if word.whole]
         said = [word.text for word in TALK.words if word.end < (len(audio) - 44) / 32000 + MISSING]
-        assert heard == said
+        assert sorted(heard) == sorted(said), "windows are posted side by side, and arrive in any order"
         assert await is_served(uri)
 
     with_server(scene, grace_seconds=10.0)
@@ -3399,6 +3400,7 @@ def test_a_signal_while_the_model_loads_ends_the_server_at_once(
     signalled: signal.Signals, tmp_path: Path
 ) -> None:
     (tmp_path / "pocketsphinx.py").write_text("import time; time.sleep(60)")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), **OFFLINE}
     with subprocess.Popen([sys.executable, SCRIPT], env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
