@@ -2896,16 +2896,21 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
 
 
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
-    """Keep one of a phrase that is repeated over and over. "Zero zero zero" is said: it takes its time."""
+    """Keep one of a phrase that is repeated over and over, or in no time. "Zero zero zero" takes its time."""
     words, numbers = list(words), dict[str, int]()  # of spellings: each becomes a letter of a text
-    text = "".join(chr(numbers.setdefault(normal(word.text), len(numbers))) for word in words)
     shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
-    for size in range(shortest, min(LOOP_LONGEST, len(words) // LOOP_COUNT) + 1):
-        loop = re.compile(f"(?s)(.{{{size}}})\\1{{{LOOP_COUNT - 1},}}")
-        for found in reversed(list(loop.finditer(text))):
-            del words[found.start() + size : found.end()]
-        text = loop.sub(r"\1", text)
+    for size in range(shortest, min(LOOP_LONGEST, len(words) // 2) + 1):
+        text = "".join(chr(numbers.setdefault(normal(word.text), len(numbers))) for word in words)
+        for found in reversed(list(re.finditer(f"(?s)(.{{{size}}})\\1+", text))):
+            again = slice(found.start() + size, found.end())
+            if again.stop - again.start >= (LOOP_COUNT - 1) * size or _timeless(words[again]):
+                del words[again]
     return words
+
+
+def _timeless(words: Sequence[Word]) -> bool:
+    """Whether nobody says words as fast as these are said to be."""
+    return len(words) > 2 * LOOP_RATE * (words[-1].end - words[0].start)
 
 
 def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
@@ -2916,7 +2921,7 @@ def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
     first, last = (sum(1 for _ in takewhile(known.__contains__, runs)) for runs in (begins, ends))
     run = words[:first] if first >= last else words[len(words) - last :]
     hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
-    timeless = hypothesis.timed and run and len(run) > 2 * LOOP_RATE * (run[-1].end - run[0].start)
+    timeless = hypothesis.timed and run and _timeless(run)
     return run if hasty or timeless or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
 
 

@@ -1782,6 +1782,15 @@ def test_ghosts_and_loops_go_and_speech_stays(text: str, speech: float, kept: st
     assert "".join(word.text for word in words).strip() == kept
 
 
+@pytest.mark.parametrize(("pace", "times"), [(0.3, 2), (0.04, 1)])
+def test_what_is_said_again_takes_its_time(pace: float, times: int) -> None:
+    phrase = ["we", "go", "home", "now"]  # as `base` heard the end of a sentence twice, in no time
+    starts = [*(0.3 * n for n in range(4)), *(1.2 + pace * n for n in range(4))]
+    words = [{"word": w, "start": at, "end": at + pace} for w, at in zip(2 * phrase, starts, strict=True)]
+    found = scribe.read_answer({"text": " ".join(2 * phrase), "words": words}, WINDOW).words
+    assert "".join(word.text for word in found).split() == times * phrase
+
+
 def test_a_segment_that_is_surely_silence_is_not_said() -> None:
     speech = {"text": " One two.", "start": 0, "end": 1, "no_speech_prob": 0.1, "avg_logprob": -0.2}
     ghost = {"text": " Thank you.", "start": 1, "end": 3, "no_speech_prob": 0.9, "avg_logprob": -1.2}
