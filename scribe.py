@@ -2898,13 +2898,15 @@ def _spread(text: str, start: float, end: float) -> list[Word]:
 def _without_loops(words: Sequence[Word], speech: float) -> list[Word]:
     """Keep one of a phrase that is repeated over and over, or in no time. "Zero zero zero" takes its time."""
     words, numbers = list(words), dict[str, int]()  # of spellings: each becomes a letter of a text
+    text = "".join(chr(numbers.setdefault(normal(word.text), len(numbers))) for word in words)
     shortest = 1 if len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS) else LOOP_WORDS
     for size in range(shortest, min(LOOP_LONGEST, len(words) // 2) + 1):
-        text = "".join(chr(numbers.setdefault(normal(word.text), len(numbers))) for word in words)
         for found in reversed(list(re.finditer(f"(?s)(.{{{size}}})\\1+", text))):
-            again = slice(found.start() + size, found.end())
-            if again.stop - again.start >= (LOOP_COUNT - 1) * size or _timeless(words[again]):
-                del words[again]
+            first, behind, end = found.start(), found.start() + size, found.end()
+            hasty = _timeless(words[behind:end]) and not _timeless(words[first:behind])
+            if hasty or end - first >= LOOP_COUNT * size:
+                del words[behind:end]
+                text = text[:behind] + text[end:]
     return words
 
 
