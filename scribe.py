@@ -1827,8 +1827,9 @@ class Session:
     def _heed(self) -> None:
         if self.client:
             self.client.warn(self.services.desk.trouble())
-            if self.state.over and not self.state.summary:
-                self.client.wait_for(len(self._pending) + len(self.state.gaps))
+            left = len(self._pending) + len(self.state.gaps)
+            if left and self.state.over and not self.state.summary:
+                self.client.wait_for(left)
         if not self.state.over and self._budget.share(self._clock()) >= 1:
             self._say(error_message("budget", "The cap on billed seconds is reached: the session ends here."))
             self._end("budget")

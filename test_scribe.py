@@ -1117,6 +1117,8 @@ def assert_protocol(messages: Sequence[Message], *, interim: bool = False, words
         if message["type"] == "transcription":
             _assert_final(message, end, received, gaps, words)
             end, received = max(end, message["end"]), max(received, message["received"])
+        if message.get("status") == "finishing":
+            assert message["left"] > 0, "nothing is waited for"
     for complete in messages:
         if complete.get("status") == "complete":
             assert complete is messages[-1], "complete is the last message"
@@ -2274,6 +2276,16 @@ def test_who_waits_for_the_end_hears_that_he_is_not_forgotten(tmp_path: Path) ->
     told = [message for message in result.of("status") if message["status"] == "finishing"]
     assert len(told) >= 3 and all(message["left"] > 0 for message in told)
     assert result.words == speech.texts
+
+
+@pytest.mark.parametrize("delay", [3.05, 3.1, 3.15])
+def test_when_the_last_answer_is_there_nothing_is_waited_for(delay: float) -> None:
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, wav(TALK.samples[: 3 * TALK.rate], TALK.rate))
+
+    result = with_server(scene, Endpoint(delay, ghosts=False))
+    assert_protocol(result.messages)
+    assert result.complete and result.words
 
 
 def test_an_endpoint_that_asks_to_be_left_alone_for_long_is_told_and_not_waited_for(tmp_path: Path) -> None:
