@@ -510,8 +510,8 @@ class Pcm(Format):
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
-LONG_PAUSE, SHORT_PAUSE = 0.6, 0.1  # seconds, at first and in the end; in a stop consonant there are fewer
-SHRINK_FROM, SHRINK_TO = 1.0, 3.5  # seconds of window between which the one becomes the other
+LONG_PAUSE, SHORT_PAUSE = 0.6, 0.12  # seconds, at first and in the end; in a stop consonant there are fewer
+SHRINK_FROM, SHRINK_TO = 2.0, 5.0  # seconds of window between which the one becomes the other
 LIMIT_SECONDS, QUIET_SECONDS = 15.0, 0.16  # of a window; of the run in its last third that a forced cut takes
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
@@ -1329,7 +1329,7 @@ class State:
 
     def __init__(self) -> None:
         self.transcript, self.usage = Transcript(), Usage()
-        self.language = self._last_language = ""  # that long windows have settled; of the last of them
+        self.language, self._spoken = "", ("", 0.0)  # that is settled; of the last windows, for how long
         self.gaps: list[Gap] = []
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
@@ -1382,9 +1382,11 @@ class State:
                 self.warned = True
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
         language, seconds = event.get("language", ("", 0.0))  # of a window, and of its speech
-        if language and seconds >= DECIDING_SECONDS:  # one long window is not enough for a change
-            self.language = language if language == self._last_language else self.language or language
-            self._last_language = language
+        if language and seconds >= (DECIDING_SECONDS if self.language else MIN_SPEECH_SECONDS):
+            before = self._spoken[1] if self._spoken[0] == language else 0.0
+            self._spoken = language, before + seconds
+            if before + (0.0 if self.language else seconds) >= DECIDING_SECONDS:  # one may not change it
+                self.language = language
         if "heard" in event:
             self.transcript.heard, self.transcript.resume = event["heard"], event["resume"]
             while len(self.marks) > 1 and self.marks[1].seconds <= event["heard"] - WARM_SECONDS:
@@ -1518,6 +1520,7 @@ TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
 INBOX_BYTES, INBOX_LIMIT, INBOX_EACH = 1 << 16, 1 << 20, 64  # end a tick; stop the reader; of a message
 IDLE_QUIET_SECONDS, IDLE_SECONDS = 1.0, 5.0  # without audio: over at a pause; in mid-word, as networks stall
+IDLE_PAUSE = 0.1  # seconds; such a pause, at the least
 LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one that reconnects at once
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 5.0  # waiting windows become one request, up to Whisper's own window
@@ -1766,7 +1769,7 @@ class Session:
             await self.services.turn.go_on()
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
         idle = self._clock() - self._fed
-        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= SHORT_PAUSE
+        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= IDLE_PAUSE
         if not self._behind() and (paused or (idle >= IDLE_SECONDS and self.client)):
             self._queue(self.segmenter.flush())
 
@@ -1975,11 +1978,13 @@ class Session:
         segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
         if not self.state.options.interim or self.state.over or self._behind():
             return
-        transcript, pace = self.state.transcript, max(self._budget.pace(self._clock()), desk.pace())
-        if not interims.due(segmenter, transcript.resume, pace):
+        transcript, affordable = self.state.transcript, self._budget.pace(self._clock())
+        pace = max(affordable, desk.pace())
+        if not interims.due(segmenter, transcript.resume, pace if pace < math.inf else 1.0):
             return
         if interims.asking or self._pending or pace == math.inf:
-            if not interims.paused and (interims.fresh(segmenter) >= INTERIM_MOST or desk.trouble()):
+            late = affordable == math.inf or interims.fresh(segmenter) >= INTERIM_MOST
+            if not interims.paused and (late or desk.trouble()):
                 interims.paused = True
                 text = "Interim text pauses: the endpoint or the budget is short."
                 self._say(status_message("degraded", text))
@@ -3774,6 +3779,7 @@ class Deposit:
 
 HEARING_RATE, VAD_SAMPLES = 16000, 512  # samples a second, of the models; that Silero VAD hears at once
 VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
+VAD_BLIP = 0.08  # seconds; what is shorter is none: the beginning of a tone may sound like speech
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
 
 
@@ -3789,11 +3795,13 @@ class Opinion:
         full = 2 * max(VAD_QUIETEST, max(rough), -min(rough))  # it hears a quiet voice only if it is raised
         samples = memoryview(array("f", (sample / full for sample in rough)))
         self._vad.reset()
-        starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
-        spoken = [at for at in starts if self._vad.process(samples[at : at + VAD_SAMPLES]) >= VAD_SPEECH]
-        if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
+        times = [at / HEARING_RATE for at in range(0, len(samples) + 1, VAD_SAMPLES)]
+        pieces = (samples[at - VAD_SAMPLES : at] for at in range(VAD_SAMPLES, len(samples) + 1, VAD_SAMPLES))
+        edges, lengths = runs(times, map(self._vad.process, pieces), VAD_SPEECH)
+        spoken = [n for n, seconds in enumerate(lengths) if seconds >= VAD_BLIP]
+        if sum(lengths[n] for n in spoken) < VAD_SECONDS:
             return None
-        return spoken[0] / HEARING_RATE, (spoken[-1] + VAD_SAMPLES) / HEARING_RATE
+        return edges[2 * spoken[0]], edges[2 * spoken[-1] + 1]
 
 
 def _resampled(wav: bytes) -> array[int]:
