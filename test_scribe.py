@@ -54,7 +54,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from io import FileIO
 from itertools import pairwise
@@ -6327,6 +6327,28 @@ def test_a_second_opinion_is_not_asked_of_what_is_not_decoded(silero: Path, tmp_
     audio = encode(speech.samples, speech.rate, "ogg")
     result, posts = asyncio.run(through_process(audio, tmp_path, silero, ""))
     assert posts and result.words == speech.texts
+
+
+def test_a_second_opinion_hears_what_was_before_a_window(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Silero VAD takes a while to tell speech from a noisy room: a short window alone it would not hear."""
+
+    heard = list[tuple[float, float]]()  # seconds of each window, and in front of it
+
+    class Credulous:
+        def speech(self, content: bytes, lead: float) -> tuple[float, float]:
+            seconds = (len(content) - 44) / BYTES_A_SECOND
+            heard.append((seconds - lead, lead))
+            return 0.0, seconds - lead
+
+    monkeypatch.setattr(scribe, "Services", partial(scribe.Services, opinion=Credulous()))
+    speech, endpoint = speak([0.3, *phrase(VOCABULARY[:9]), 2.5, *phrase(VOCABULARY[9:12]), 1.0]), Endpoint()
+    result = transcribed(endpoint, speech, tmp_path, {})
+    assert result.words == speech.texts
+    lengths, leads = zip(*heard, strict=True)
+    assert len(leads) == 2 and leads[0] < 0.1 and leads[1] == pytest.approx(scribe.LOOKBACK_SECONDS, abs=0.05)
+    assert lengths == pytest.approx([post.seconds for post in endpoint.posts], abs=0.05)
 
 
 def test_resampling_keeps_what_is_heard() -> None:
