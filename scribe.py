@@ -561,7 +561,7 @@ class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        self.columns = list(columns or map(array, "QQdf"))
+        self.columns = list(columns or map(array, "QIdf"))
         # bytes of the stream; where they end, in seconds of the session's audio; dBFS
         self.offsets, self.sizes, self.ends, self.levels = self.columns
 
@@ -753,7 +753,7 @@ class Segmenter:
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
 CONTEXT_SECONDS = 0.8  # of final speech that is heard again before words that are not final, to align by
 TRIM_SECONDS = 1.0  # of final speech at least that an open window loses at once
-TAIL_WORDS, ALIGN_WORDS = 80, 12  # final words kept for the prompt; looked for in an overlap
+ALIGN_WORDS = 12  # final ones that are looked for in an overlap
 
 
 class Word(NamedTuple):
@@ -820,17 +820,20 @@ class Transcript:
         self.timed = True  # the endpoint gives word times, as far as is known
         self._spoke = -math.inf  # when the last one did that is no phantom
         self._tail, self._previous = list[Word](), list[Word]()  # final; of the last hypothesis, not final
+        self._text = ""  # the end of what is final, for the prompt
 
     def say(self, words: Sequence[Word], end: float) -> None:
         """Take up final words, in order, which end at a time in seconds."""
-        self._tail = [*self._tail, *words][-TAIL_WORDS:]
+        self._tail = [*self._tail, *words][-ALIGN_WORDS:]
+        self._text = (self._text + "".join(word.text for word in words))[-PROMPT_CHARACTERS:]
         self.end = max(self.end, end)
         if not PHANTOMS.fullmatch(normal(spelled(words))):
             self._spoke = self.end
 
     def prompt(self, start: float, characters: int) -> str:
         """The end of the final text in front of a window that starts then."""
-        text = spelled(word for word in self._tail if word.end <= start + EDGE_SECONDS)
+        behind = sum(len(word.text) for word in self._tail if word.end > start + EDGE_SECONDS)
+        text = self._text[: max(0, len(self._text) - behind)].strip()
         return text[max(0, len(text) - characters) :]
 
     def context(self, window: Window) -> Window:
@@ -868,7 +871,7 @@ class Transcript:
             return []  # right in front of it there was sound too, and nobody spoke
         if window.start >= self.heard - 1e-6 or not self._tail:
             return hypothesis.words
-        return hypothesis.words[overlap(self._tail[-ALIGN_WORDS:], hypothesis.words) :]
+        return hypothesis.words[overlap(self._tail, hypothesis.words) :]
 
     def _step(self, heard: float, resume: float, words: list[Word], window: Window, timed: bool) -> Step:
         start, end = (words[0].start, words[-1].end) if words and timed else (window.first, window.last)
@@ -1380,6 +1383,8 @@ class State:
                 self.unstored = [n for n in self.unstored if n != event.get("object", n)]  # all in version 1
             case "silent":
                 self.warned = True
+        if "usage" in event:  # journals of version 1 have no `post`
+            self.usage.posted, self.usage.billed, self.usage.requests = event["usage"]
         self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
         language, seconds = event.get("language", ("", 0.0))  # of a window, and of its speech
         if language and seconds >= (DECIDING_SECONDS if self.language else MIN_SPEECH_SECONDS):
@@ -1545,12 +1550,15 @@ class Turn:
     """The time that all together have for something in one turn of the loop."""
 
     def __init__(self) -> None:
-        self._until, self._line = 0.0, asyncio.Lock()  # 0: nobody has asked in this turn
+        self._until, self._line, self._head = 0.0, asyncio.Lock(), asyncio.Lock()  # 0: not asked in this turn
 
     async def begin(self) -> None:
-        """Wait until there is time."""
-        while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
-            await asyncio.sleep(0)
+        """Wait until there is time; only the first of those that wait looks for it."""
+        if not self._head.locked() and self.has_time():
+            return
+        async with self._head:
+            while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
+                await asyncio.sleep(0)
 
     async def go_on(self) -> None:
         """Wait in line: of those that need longer, one goes on in each turn."""
@@ -2262,22 +2270,19 @@ class Inlet(asyncio.BufferedProtocol):
         return self._door.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take bytes; many of them, or any if there is no time, wait for a turn."""
-        data = bytes(self._door.buffer[:nbytes])
-        if nbytes <= TAKEN_BYTES and self._door.first.has_time():
-            self._take(data)
-            return
-        self._waiting = data
-        self._connection.transport.pause_reading()
-        self._door.queue(self)
+        """Take bytes while there is time; the others wait for a turn."""
+        self._waiting = bytes(self._door.buffer[:nbytes])
+        ready = True
+        while ready and self._waiting and self._door.first.has_time():
+            ready = self._take()
+        if ready and self._waiting:
+            self._connection.transport.pause_reading()
+            self._door.queue(self)
 
     def go_on(self) -> None:
-        """Take some of what waits, and go on later unless the session is behind."""
-        data, self._waiting = self._waiting[:TAKEN_BYTES], self._waiting[TAKEN_BYTES:]
-        if not self._connection.transport.is_closing():
-            self._take(data)
-            if not self._connection.recv_messages.paused:
-                self._resume()
+        """Take some of what waits, and go on later."""
+        if self._take():
+            self._resume()
 
     def _resume(self) -> None:
         if self._waiting:
@@ -2285,15 +2290,22 @@ class Inlet(asyncio.BufferedProtocol):
         else:
             self._connection.transport.resume_reading()
 
-    def _take(self, data: bytes) -> None:
-        """Answers to pings are not held back by websockets, however many are unread."""
+    def _take(self) -> bool:
+        """Take some of what waits; tells if there is room for more: else `_resume` is called when there is.
+
+        Answers to pings are not held back by websockets, however many are unread.
+        """
+        data, self._waiting = self._waiting[:TAKEN_BYTES], self._waiting[TAKEN_BYTES:]
         transport = self._connection.transport
+        if transport.is_closing():
+            return False
         before = transport.get_write_buffer_size()
         self._connection.data_received(data)
         unread = transport.get_write_buffer_size()
         self._pongs = self._pongs + unread - before if before else unread
         if self._pongs > 1 << 16:  # bytes that a client may leave unread before it is cut off
             transport.abort()
+        return not self._connection.recv_messages.paused
 
 
 class Door:

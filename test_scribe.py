@@ -5022,6 +5022,56 @@ def test_a_session_that_ends_behind_any_event_says_every_word_once(options: Mess
         assert usage["billed_seconds"] == spent + billed(endpoint.posts) or "complete" in kinds[:count]
 
 
+def as_version_1(events: Iterable[Message]) -> Iterator[Message]:
+    """A journal as scribe wrote it at first: no line for a request, a mark, or a window without text."""
+    state: Message = {"heard": 0.0, "resume": 0.0, "usage": [0.0, 0, 0]}
+    for event in events:
+        state = {**state, **{name: event[name] for name in ("heard", "resume") if name in event}}
+        told, (posted, cost, requests) = {"event": event["event"], **state}, state["usage"]
+        match event:
+            case {"event": "post", "seconds": seconds}:
+                state["usage"] = [posted + seconds, cost + math.ceil(seconds - 1e-6), requests + 1]
+            case {"event": "transcription", "found": found, "message": message}:
+                yield {**told, "message": message, "words": []}
+                yield {**told, "event": "filled", "message": {}, "found": found}
+            case {"event": "transcription", "message": message, "words": words}:
+                yield {**told, "message": message, "words": words}
+            case {"event": "gap", "message": message}:
+                yield {**told, "message": message, "lost": [message["start"], message["end"]]}
+            case {"event": "complete", "summary": summary}:
+                yield {"event": "complete", "summary": summary}
+            case {"event": "open" | "end"}:
+                yield event
+
+
+def test_journals_of_version_1_are_read(tmp_path: Path) -> None:
+    speech = speak([0.4, *chatter(random.Random(5), 26, (0.05, 0.1, 0.6, 1.2)), 2.0], 8000)
+    audio = raw(speech.samples)
+
+    async def first() -> None:
+        outage = Endpoint(fault=lambda post: BROKEN if 3 < post.arrived - 1000 < 9 else None)
+        settings = {"spool_dir": str(tmp_path / "first"), "deadline_seconds": 1.0}
+        async with outage, serving(outage, **settings) as uri:
+            await talk(with_options(uri, format="pcm_s16le", rate=8000), audio, bytes_per_second=16000)
+
+    with kept(tmp_path / "first"):
+        virtually(first())
+    events = list(as_version_1(journal_of(tmp_path / "first")))
+    assert {"open", "transcription", "gap", "filled", "complete"} <= {event["event"] for event in events}
+    for count, last in enumerate(events, 1):
+        if last.get("message", {}).get("late"):
+            continue  # between the two lines of a gap its text was told, and would be again
+        endpoint = Endpoint()
+        name = laid(tmp_path / str(count), audio, events[:count])
+        result = taken_up(tmp_path / str(count), name, audio, endpoint)
+        assert_told(speech, result, tolerance=0.3)
+        assert result.complete
+        usage, (_, cost, requests) = result.complete["usage"], last.get("usage", [0.0, 0, 0])
+        if last["event"] not in ("open", "end", "complete"):
+            assert usage["requests"] == requests + len(endpoint.posts)
+            assert usage["billed_seconds"] == cost + billed(endpoint.posts)
+
+
 def test_the_state_of_a_session_is_that_of_its_journal(tmp_path: Path) -> None:
     """What `apply` made of the events when they happened is what it makes of them when they are read."""
     speech = speak(chatter(random.Random(8), 40, (0.05, 0.1, 0.6, 1.2)), 8000)
