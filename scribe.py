@@ -532,7 +532,7 @@ class NoiseFloor:
 
     def __init__(self) -> None:
         self.nothing = self.pause = SILENT_DB  # as long as no more is known, for a word may begin a stream
-        self._blocks, self._sorted = deque[float](), list[float]()
+        self._blocks, self._sorted = array("d"), array("d")  # the same, by time and by level
         self._quietest, self._seconds, self._faintest = math.inf, 0.0, HIDDEN_DB  # of a block; of all
 
     def hear(self, level: float, seconds: float) -> None:
@@ -550,7 +550,7 @@ class NoiseFloor:
         self._blocks.append(level)
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
-            del self._sorted[bisect_left(self._sorted, self._blocks.popleft())]
+            del self._sorted[bisect_left(self._sorted, self._blocks.pop(0))]
         if len(self._blocks) < KNOWN_BLOCKS:
             return
         least, floor = (self._sorted[int(len(self._sorted) * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
@@ -1815,9 +1815,11 @@ class Session:
 
     def _warn(self) -> None:
         """Say once that there is no speech, of a beginning or of all."""
-        now, window = self.segmenter.now, self.segmenter.peek()
-        speaks = self.segmenter.open and window.speech >= MIN_SPEECH_SECONDS
-        if now and (now >= SILENT_SECONDS or self.stream.ended) and not speaks:
+        now = self.segmenter.now
+        if not now or (now < SILENT_SECONDS and not self.stream.ended):
+            return
+        window = self.segmenter.peek()
+        if not self.segmenter.open or window.speech < MIN_SPEECH_SECONDS:
             self.note("silent")
             levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [SILENT_DB]
             text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
