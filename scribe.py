@@ -562,7 +562,7 @@ class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        self.columns = list(columns or map(array, "QIdf"))
+        self.columns = list(columns or map(array, "QQdf"))
         # bytes of the stream; where they end, in seconds of the session's audio; dBFS
         self.offsets, self.sizes, self.ends, self.levels = self.columns
 
@@ -833,8 +833,9 @@ class Transcript:
 
     def prompt(self, start: float, characters: int) -> str:
         """The end of the final text in front of a window that starts then."""
-        behind = sum(len(word.text) for word in self._tail if word.end > start + EDGE_SECONDS)
-        text = self._text[: max(0, len(self._text) - behind)].strip()
+        known = sum(1 for _ in takewhile(lambda word: word.end <= start + EDGE_SECONDS, self._tail))
+        behind = sum(len(word.text) for word in self._tail[known:])
+        text = self._text[: max(0, len(self._text) - behind)].strip() if known else ""  # or nobody knows
         return text[max(0, len(text) - characters) :]
 
     def context(self, window: Window) -> Window:
@@ -1595,7 +1596,7 @@ class Session:
     def __init__(self, services: Services, recording: Recording) -> None:
         self.services, self.recording, self.state = services, recording, State()
         self.space = services.settings.upload_bytes - (1 << 13)  # for a file; the rest is the form's
-        self.most_bytes = min(WINDOW_BYTES, self.space // 2)  # of the stream, in a request
+        self.most_bytes = min(WINDOW_BYTES, self.space // 2 - 64)  # of the stream; 8 bits become 16, in a WAV
         self.stream: Stream  # it and the segmenter are made when the journal was read
         self.segmenter: Segmenter
         self.client: Client | None = None
@@ -1905,6 +1906,7 @@ class Session:
             window = pending.window
             known = max(window.start - LOOKBACK_SECONDS, window.frames.ends[0])  # by what was before it, too
             front = window.since(min(known, window.start))
+            front = front if front.bytes <= self.most_bytes else window
             content = await self._file(front)
             async with self.services.converting:
                 speech = await asyncio.to_thread(opinion.speech, content, window.start - front.start)
@@ -2239,7 +2241,7 @@ SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at 
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
 RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 11  # at a time; of these, 350 frames at most: that takes 3 ms
-QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of PCM16 in 16 or 20 kHz
+QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of PCM16 at 16 kHz
 
 
 class Refusal(Exception):

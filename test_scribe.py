@@ -5072,6 +5072,30 @@ def test_journals_of_version_1_are_read(tmp_path: Path) -> None:
             assert usage["billed_seconds"] == cost + billed(endpoint.posts)
 
 
+@given(st.lists(st.floats(0.05, 2.0), max_size=60), st.floats(0, 70), st.integers(0, 896))
+def test_a_prompt_has_nothing_that_is_said_behind_the_window_it_is_for(
+    lengths: list[float], start: float, characters: int
+) -> None:
+    """Also for one that is heard long after it, as a gap is."""
+    ends = list(itertools.accumulate(lengths))
+    words = [scribe.Word(f" {VOCABULARY[n]}", end - 0.05, end) for n, end in enumerate(ends)]
+    transcript = scribe.Transcript()
+    for word in words:
+        transcript.say([word], word.end)
+    before = scribe.spelled(word for word in words if word.end <= start + scribe.EDGE_SECONDS)
+    prompt = transcript.prompt(start, characters)
+    assert before.endswith(prompt) and len(prompt) <= characters
+    late = sum(end > start + scribe.EDGE_SECONDS for end in ends)
+    assert len(prompt) == min(characters, len(before)) or late >= scribe.ALIGN_WORDS
+
+
+def test_frames_may_be_of_any_size() -> None:
+    """Whoever sends enough may make a fragment of an MP4 as large as he likes."""
+    frames = scribe.Frames()
+    frames.append(scribe.Frame(1 << 40, 1 << 40, 1.0), 1.0)
+    assert (frames.offsets[0], frames.sizes[0]) == (1 << 40, 1 << 40)
+
+
 def test_the_state_of_a_session_is_that_of_its_journal(tmp_path: Path) -> None:
     """What `apply` made of the events when they happened is what it makes of them when they are read."""
     speech = speak(chatter(random.Random(8), 40, (0.05, 0.1, 0.6, 1.2)), 8000)
@@ -6383,7 +6407,6 @@ def test_a_second_opinion_hears_what_was_before_a_window(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Silero VAD takes a while to tell speech from a noisy room: a short window alone it would not hear."""
-
     heard = list[tuple[float, float]]()  # seconds of each window, and in front of it
 
     class Credulous:
@@ -6399,6 +6422,27 @@ def test_a_second_opinion_hears_what_was_before_a_window(
     lengths, leads = zip(*heard, strict=True)
     assert len(leads) == 2 and leads[0] < 0.1 and leads[1] == pytest.approx(scribe.LOOKBACK_SECONDS, abs=0.05)
     assert lengths == pytest.approx([post.seconds for post in endpoint.posts], abs=0.05)
+
+
+@pytest.mark.parametrize(("encoding", "rate"), [("s16", 16000), ("mulaw", 8000), ("f64", 16000)])
+def test_a_second_opinion_takes_nothing_from_what_fits_into_a_request(
+    encoding: Encoding, rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little that is: what it hears in front of a window is not posted."""
+
+    class Credulous:
+        def speech(self, content: bytes, lead: float) -> tuple[float, float]:
+            return 0.0, math.inf
+
+    monkeypatch.setattr(scribe, "Services", partial(scribe.Services, opinion=Credulous()))
+    speech = workload("call", 1, rate)
+
+    async def scene(uri: str, _: Endpoint) -> Result:
+        return await talk(uri, wav(speech.samples, rate, encoding))
+
+    result = with_server(scene, Endpoint(ghosts=False), upload_bytes=1 << 17)
+    assert result.complete and result.complete["gaps"] == [] and not result.gaps
+    assert len(result.words) > len(speech.texts) / 2, "but for those that so small windows cut"
 
 
 def test_resampling_keeps_what_is_heard() -> None:
