@@ -1010,10 +1010,12 @@ class Desk:
         """
         left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
-            patient = min(until, self._clock() + self._settings.deadline_seconds)
+            begun = self._clock()
+            patient = min(until, begun + self._settings.deadline_seconds)
             first = (self, self._fallback or self)[len(failures) % 2]  # what fails here may succeed there
             async with first._slot(session, patient) as desk:
                 asked = self._clock()
+                until += 0.0 if self.trouble() else asked - begun
                 try:
                     return await desk._ask(await prepare(desk is not self))
                 except Learnt:  # a few times at most

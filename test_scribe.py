@@ -2328,6 +2328,39 @@ def test_a_slow_endpoint_fills_all_gaps_as_long_as_it_fills_any(tmp_path: Path) 
     assert result.words == speech.texts
 
 
+def test_who_has_waited_for_others_past_his_time_is_not_given_up_at_the_first_429() -> None:
+    """As the gaps of thirty sessions that end together were, of which the last had one attempt."""
+
+    async def main() -> None:
+        ear = Ear(40.0)
+        desk = desk_of(ear, concurrency=1)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(desk.answer(object(), ready("other"), math.inf, True))
+            await asyncio.sleep(1)
+            ear.seconds, ear.fault = 1.0, lambda: limited(1.0) if len(ear.asked) == 2 else None
+            assert await desk.answer(object(), ready("gap"), now() + 30, True) == {"text": "gap"}
+        assert [name for _, name in ear.asked] == ["other", "gap", "gap"]
+
+    virtually(main())
+
+
+def test_waiting_for_a_dead_endpoint_counts() -> None:
+    async def main() -> None:
+        ear = Ear(0.1)
+        ear.fault = lambda: DEAD
+        desk, began = desk_of(ear, concurrency=1), now()
+
+        async def ask(name: str) -> float:
+            with pytest.raises(scribe.EndpointError):
+                await desk.answer(object(), ready(name), began + 30, True)
+            return now() - began
+
+        ends = await asyncio.gather(*(ask(str(n)) for n in range(20)))
+        assert max(ends) <= 30 + scribe.BACKOFF_LIMIT, ends
+
+    virtually(main())
+
+
 def test_the_desk_is_fair_and_never_exceeds_its_slots() -> None:
     async def main() -> None:
         ear = Ear()
