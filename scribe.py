@@ -477,16 +477,14 @@ class Pcm(Format):
 
     def _read(self) -> list[Frame]:
         """Frames of the samples in the buffer, all of one size; short ones only where there are no more."""
-        frames, at, ready = [], self.offset, min(self._end - self.offset, len(self.buffer))
+        begin, ready = self.offset, min(self._end - self.offset, len(self.buffer))
         unit = max(self.block, min(self._unit, ready - ready % self.block))
-        data = self.drop(ready - ready % unit)
+        samples = self.encoding.decode(self.drop(ready - ready % unit), self._nth)
         count = -(-unit // self.encoding.size // self._nth)
-        seconds, full = unit / self.block / self.rate, 32768 * math.sqrt(count)
-        for heard in self.encoding.listen(data, self._nth, count):
-            sound = math.hypot(*heard) / full
-            frames.append(Frame(at, unit, seconds, 20 * math.log10(sound) if sound else SILENT_DB))
-            at += unit
-        return frames
+        seconds, full = unit / self.block / self.rate, 20 * math.log10(32768 * math.sqrt(count))
+        sounds = [math.hypot(*heard) for heard in struct.iter_unpack(f"{count}h", samples)]
+        levels = [20 * math.log10(sound) - full if sound else SILENT_DB for sound in sounds]
+        return [Frame(begin + number * unit, unit, seconds, level) for number, level in enumerate(levels)]
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """PCM16 in a WAV at the stream's own rate and channels, padded with silence to 1 second."""
@@ -566,12 +564,13 @@ class Frames:
         # bytes of the stream; where they end, in seconds of the session's audio; dBFS
         self.offsets, self.sizes, self.ends, self.levels = self.columns
 
-    def append(self, frame: Frame, end: float) -> None:
-        """Add a frame which ends at a time in seconds."""
-        self.offsets.append(frame.offset)
-        self.sizes.append(frame.size)
-        self.ends.append(end)
-        self.levels.append(frame.level)
+    def extend(self, frames: Iterable[Frame], now: float) -> list[float]:
+        """Add frames, of which the first begins at a time in seconds; gives where each ends."""
+        offsets, sizes, seconds, levels = zip(*frames, strict=True)
+        ends = list(accumulate(seconds, initial=now))[1:]
+        for column, more in zip(self.columns, (offsets, sizes, ends, levels), strict=True):
+            column.extend(more)
+        return ends
 
     def index(self, seconds: float) -> int:
         """Of the first frame that ends after a time."""
@@ -646,10 +645,10 @@ def required_pause(seconds: float) -> float:
 
 
 def runs(times: list[float], levels: Iterable[float], over: float) -> tuple[list[float], list[float]]:
-    """Where what is louder than a level (dBFS) begins and ends, in turn; and how long each run of it is."""
-    loud = (not level <= over for level in levels)
-    edges = [times[at] for at, (one, two) in enumerate(pairwise((False, *loud, False))) if one != two]
-    return edges, [till - since for since, till in zip(edges[::2], edges[1::2], strict=True)]
+    """Where each run of what is louder than a level (dBFS) begins, and how long it is, in seconds."""
+    found = list(re.finditer(b"\1+", bytes([not level <= over for level in levels])))
+    starts = [times[run.start()] for run in found]
+    return starts, [times[run.end()] - start for run, start in zip(found, starts, strict=True)]
 
 
 class Segmenter:
@@ -668,21 +667,20 @@ class Segmenter:
         """Seconds since the last speech."""
         return self.now - self.last
 
-    def feed(self, frames: Iterable[Frame]) -> list[Window]:
+    def feed(self, frames: Sequence[Frame]) -> list[Window]:
         """The windows that these frames end."""
-        floor, keep, sound, windows = self._floor, self._frames.append, self._sound, list[Window]()
-        for frame in frames:
-            self.now = now = self.now + frame.seconds
-            keep(frame, now)
-            floor.hear(frame.level, frame.seconds)
-            sound = 0.0 if frame.level <= floor.nothing else sound + frame.seconds
+        floor, sound, windows = self._floor, self._sound, list[Window]()
+        for frame, now in zip(frames, self._frames.extend(frames, self.now) if frames else (), strict=True):
+            self.now, (_, _, seconds, level) = now, frame
+            floor.hear(level, seconds)
+            sound = 0.0 if level <= floor.nothing else sound + seconds
             if not self.open:
                 if sound >= SOUND_SECONDS and now > self._cut:
                     self.open, self.first, self.last = True, max(self._cut, now - sound), now
                     self.start = max(self._cut, self.first - PRE_ROLL_SECONDS)
-            elif not frame.level <= floor.pause:
+            elif not level <= floor.pause:
                 if self.last < self.first + CLICK_SECONDS and now > self.last + SHORT_PAUSE:
-                    self.first = now - frame.seconds  # what was before it was no speech
+                    self.first = now - seconds  # what was before it was no speech
                 self.last = now
             elif (quiet := now - self.last) >= SHORT_PAUSE:
                 end = self.last + min(TAIL_SECONDS, TAIL_SHARE * quiet)
@@ -712,12 +710,12 @@ class Segmenter:
             self.start, self.first = seconds, max(seconds, self.first)
 
     def _too_long(self) -> list[Window]:
-        first = self._frames.index(self.now - self.limit / 3)
-        ends, levels = self._frames.ends[first:], self._frames.levels[first:]
+        first, behind = self._frames.index(self.now - self.limit / 3), self._frames.index(self.now)
+        ends, levels = self._frames.ends[first:behind], self._frames.levels[first:behind]
         width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
         powers = [0.0, *accumulate(1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels)]
         quietest = min(range(len(ends) - width + 1), key=lambda i: (powers[i + width] - powers[i], -i))
-        single = len(self._frames.ends) == self._frames.index(self.start) + 1  # there is no better cut
+        single = behind == self._frames.index(self.start) + 1  # there is no better cut
         return self._close(ends[quietest + (width - 1) // 2], clean=single)
 
     def _close(self, end: float, clean: bool) -> list[Window]:
@@ -735,12 +733,12 @@ class Segmenter:
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
         nothing = self._floor.nothing  # it knows the room better now than when the frames came
-        edges, sounds = runs(times, frames.levels[own:], nothing)
+        starts, sounds = runs(times, frames.levels[own:], nothing)
         _, syllables = runs(times, frames.levels[own:], nothing + CLEAR_DB)
         heard = max(sounds, default=0.0) >= CLICK_SECONDS or sum(sorted(syllables)[-2:]) >= SYLLABLES_SECONDS
         heard = heard or (self._said and self.start <= self._cut)  # the end of speech may come in pieces
         speech = sum(sounds) if heard else 0.0
-        last, first = min(self.last, times[-1]), edges[0] if edges else self.first
+        last, first = min(self.last, times[-1]), starts[0] if starts else self.first
         return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
@@ -1303,13 +1301,13 @@ class Spool:
 
     def sweep(self, grace: float) -> list[str]:
         """The sessions that nobody has written to for so many seconds. Sees whether the spool is full."""
-        stats = dict[Path, os.stat_result]()
+        stats = dict[str, os.stat_result]()
         with contextlib.suppress(OSError):  # out of descriptors: next time
-            for path in self._directory.iterdir():
+            for file in os.scandir(self._directory):
                 with contextlib.suppress(OSError):  # another process finished it
-                    stats[path] = path.stat()
+                    stats[file.name] = file.stat()
         self.full = sum(max(stat.st_size, 1 << 12) for stat in stats.values()) >= self._limit  # in blocks
-        audio = [(path.stem, stat.st_mtime) for path, stat in stats.items() if path.suffix == ".audio"]
+        audio = [(name[:-6], stat.st_mtime) for name, stat in stats.items() if name.endswith(".audio")]
         self.aside = sum(name.startswith(ASIDE) for name, _ in audio)
         left = time.time() - grace  # who has a session touches its audio
         return [name for name, at in audio if SESSION_ID.fullmatch(name) and max(at, self._started) <= left]
@@ -1924,8 +1922,11 @@ class Session:
             audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
             places = zip(frames.offsets, frames.sizes, strict=True)
             pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-            async with self.services.converting if form.slow else contextlib.nullcontext():
-                content = await asyncio.to_thread(form.file, pieces, lead)
+            if form.slow:
+                async with self.services.converting:
+                    content = await asyncio.to_thread(form.file, pieces, lead)
+            else:
+                content = form.file(pieces, lead)
         if not 0 < len(content) <= self.space:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         return content
@@ -2462,9 +2463,8 @@ class Ending:
         for _ in stream.go_on(gap.mark, read):
             await session.services.turn.go_on()
         while now < gap.end and not stream.ended:
-            for frame in stream.read_on(read, size) if stream.behind(size) else stream.end():
-                now += frame.seconds
-                frames.append(frame, now)
+            if more := stream.read_on(read, size) if stream.behind(size) else stream.end():
+                now = frames.extend(more, now)[-1]
             frames.forget(gap.start - LOOKBACK_SECONDS)
             await session.services.turn.go_on()
         start, end, found = gap.start, gap.end, frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
@@ -2989,16 +2989,10 @@ class Encoding(NamedTuple):
     tag: int  # WAVE_FORMAT_ of RFC 2361: 1 PCM, 3 IEEE float, 6 A-law, 7 mu-law
     codes: bytes = b""  # what samples of 8 bits stand for, as PCM16
 
-    def listen(self, data: bytes, n: int, count: int) -> Iterator[tuple[int, ...]]:
-        """Every n-th sample as PCM16, in runs of `count`."""
-        if self.size == 2:  # as live audio is: to copy every n-th first takes longer
-            return struct.iter_unpack(f"h{2 * n - 2}x" * count, data + bytes(-len(data) % (2 * n)))
-        return struct.iter_unpack(f"{count}h", self.decode(data, n))
-
     def decode(self, data: bytes, n: int = 1) -> bytes:
         """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
-        if self.size == 2:  # casts have the machine's order of bytes, little-endian wherever this runs
-            return memoryview(data).cast("h")[::n].tobytes()
+        if self.size == 2:  # arrays have the machine's order of bytes, little-endian wherever this runs
+            return array("h", data)[::n].tobytes() if n > 1 else data
         if self.tag == 3:
             floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
             clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
