@@ -713,8 +713,8 @@ class Segmenter:
         first, behind = self._frames.index(self.now - self.limit / 3), self._frames.index(self.now)
         ends, levels = self._frames.ends[first:behind], self._frames.levels[first:behind]
         width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
-        powers = [0.0, *accumulate(1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels)]
-        quietest = min(range(len(ends) - width + 1), key=lambda i: (powers[i + width] - powers[i], -i))
+        powers = [1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels]
+        quietest = min(range(len(ends) - width + 1), key=lambda i: (math.fsum(powers[i : i + width]), -i))
         single = behind == self._frames.index(self.start) + 1  # there is no better cut
         return self._close(ends[quietest + (width - 1) // 2], clean=single)
 

@@ -4155,8 +4155,7 @@ def test_parts_of_a_window_hold_each_frame_once_and_fit(
 ) -> None:
     columns, offset, end = scribe.Frames(), 0, 0.0
     for size, seconds, between in frames:
-        end += seconds
-        columns.append(scribe.Frame(offset + between, size, seconds), end)
+        (end,) = columns.extend([scribe.Frame(offset + between, size, seconds)], end)
         offset += between + size
     window = scribe.Window(0.0, end, 0.0, end, end, True, columns)
     parts = list(window.parts(most))
@@ -5125,7 +5124,7 @@ def test_a_prompt_has_nothing_that_is_said_behind_the_window_it_is_for(
 def test_frames_may_be_of_any_size() -> None:
     """Whoever sends enough may make a fragment of an MP4 as large as he likes."""
     frames = scribe.Frames()
-    frames.append(scribe.Frame(1 << 40, 1 << 40, 1.0), 1.0)
+    frames.extend([scribe.Frame(1 << 40, 1 << 40, 1.0)], 0.0)
     assert (frames.offsets[0], frames.sizes[0]) == (1 << 40, 1 << 40)
 
 
