@@ -662,11 +662,6 @@ class Segmenter:
         self._said, self._sound = settled > 0, 0.0  # it was behind speech; seconds of sound without a rest
         self._floor, self._frames = NoiseFloor(), Frames()
 
-    @property
-    def quiet(self) -> float:
-        """Seconds since the last speech."""
-        return self.now - self.last
-
     def feed(self, frames: Sequence[Frame]) -> list[Window]:
         """The windows that these frames end."""
         floor, sound, windows = self._floor, self._sound, list[Window]()
@@ -701,7 +696,7 @@ class Segmenter:
         if not self.open:
             return []
         # what has only begun may become a word, but behind an unclean cut it is the rest of one
-        begun = self.quiet < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
+        begun = self.now - self.last < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
         return [] if begun and self._clean else self._close(self.now, clean=True)
 
     def advance(self, seconds: float) -> None:
@@ -1778,8 +1773,8 @@ class Session:
             self._wake.set()
             await self.services.turn.go_on()
         # a client that stops sending still gets its final; one that is gone may come back in mid-word
-        idle = self._clock() - self._fed
-        paused = idle >= IDLE_QUIET_SECONDS and self.segmenter.quiet >= IDLE_PAUSE
+        idle, quiet = self._clock() - self._fed, self.segmenter.now - self.segmenter.last
+        paused = idle >= IDLE_QUIET_SECONDS and quiet >= IDLE_PAUSE
         if not self._behind() and (paused or (idle >= IDLE_SECONDS and self.client)):
             self._queue(self.segmenter.flush())
 
@@ -2772,7 +2767,7 @@ class Interims:
         enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
         much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
         unheard = segmenter.open and segmenter.last > self._asked
-        return unheard and (much or segmenter.quiet >= SPECULATE_SECONDS)
+        return unheard and (much or segmenter.now - segmenter.last >= SPECULATE_SECONDS)
 
     def ask(self, window: Window) -> Pending:
         """Begin a request."""
