@@ -517,7 +517,6 @@ SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud f
 CLICK_SECONDS = 0.11  # of sound in a row are no click: one of 60 ms touches four frames of 20, and noise one
 CLEAR_DB, SYLLABLES_SECONDS = 10.0, 0.17  # nor are two that are so much louder: two clicks touch eight frames
 LOOKBACK_SECONDS = 2.0  # of frames that a window carries in front of its start
-FORGET_FRAMES = 50  # at once: moving the columns for every frame would cost more than the frame
 FLOOR_SECONDS, FLOOR_SHARE = 8.0, 0.1  # of history; the percentile of it that is the floor
 LEAST_SHARE = 0.02  # another: how far the floor lies above it tells how unsteady the room is
 SOUND_DB, PAUSE_DB = 3.5, 7.0  # over the floor: in the steadiest room no louder is nothing; anywhere, a pause
@@ -582,9 +581,9 @@ class Frames:
         return Frames(column[span] for column in self.columns)
 
     def forget(self, before: float) -> None:
-        """Drop the frames that end before a time in seconds, now and then."""
+        """Drop the frames that end before a time in seconds."""
         count = self.index(before)
-        for column in self.columns if count >= FORGET_FRAMES else ():
+        for column in self.columns:
             del column[:count]
 
 
