@@ -915,8 +915,7 @@ class Whisper:
         self._urls = {"transcribe": url, "translate": translate}
         name, key = settings.key_header, settings.openai_api_key
         headers = {name: f"Bearer {key}" if name.lower() == "authorization" else key} if key else {}
-        limits = httpx.Limits(max_connections=settings.concurrency)
-        self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # that is the desk's
+        self._client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(), timeout=None)  # see Desk
         self.close = self._client.aclose
 
     async def ask(self, post: Post) -> dict[str, Any]:
