@@ -1002,9 +1002,8 @@ class Desk:
         left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
             begun = self._clock()
-            patient = min(until, begun + self._settings.deadline_seconds)
             first = (self, self._fallback or self)[len(failures) % 2]  # what fails here may succeed there
-            async with first._slot(session, patient) as desk:
+            async with first._slot(session, min(until, begun + self._settings.deadline_seconds)) as desk:
                 asked = self._clock()
                 until += 0.0 if self.trouble() else asked - begun
                 try:
