@@ -1338,11 +1338,6 @@ class State:
         self.warned = False  # that there is no speech
 
     @property
-    def sequence(self) -> int:
-        """Number of the last transcription."""
-        return len(self.places) - 1
-
-    @property
     def over(self) -> bool:
         """Whether no more audio will come."""
         return bool(self.reason)
@@ -1617,8 +1612,8 @@ class Session:
         await self.known.wait()
         if self._ended:
             raise SpoolError("the session has just ended, or cannot be read: come back for it")
-        if after > self.state.sequence:
-            text = f"after: the last sequence number is {self.state.sequence}"
+        if after >= len(self.state.places):
+            text = f"after: the last sequence number is {len(self.state.places) - 1}"
             client.close(CLOSE_REFUSED, "after", error_message("failed", text, fatal=True))
             return
         self._inbox, self._inbox_bytes = [], 0  # of another client: it is not acknowledged, and comes again
@@ -1973,7 +1968,7 @@ class Session:
 
     def final(self, step: Step, heard: Hypothesis, **more: bool) -> Message:
         """The next message with final text, as it was heard."""
-        message: Message = {"type": "transcription", "sequence": self.state.sequence + 1}
+        message: Message = {"type": "transcription", "sequence": len(self.state.places)}
         message |= {"text": spelled(step.words), **span(step), "received": self.recording.size, **more}
         if language := heard.language or self.language:
             message["language"] = language
@@ -2112,8 +2107,8 @@ class Server:
         except SpoolError as error:
             locked = isinstance(error, Locked)
             raise Refusal(503 if locked else 404, str(error), RETRY_LOCKED if locked else 0) from None
-        if session and session.known.is_set() and options.after > session.state.sequence:  # else it says so
-            raise Refusal(400, f"after: the last sequence number is {session.state.sequence}")
+        if session and session.known.is_set() and options.after >= len(session.state.places):  # or it says so
+            raise Refusal(400, f"after: the last sequence number is {len(session.state.places) - 1}")
         active = sum(not session.state.over for session in self._sessions.values())
         if not session and (active >= self._settings.max_sessions or len(self._sessions) >= self._door.room):
             raise Refusal(503, "The server is full.", RETRY_FULL)
