@@ -73,7 +73,6 @@ from websockets import ConnectionClosed, Request, Response, ServerConnection, se
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
-# By settings the operator decides, by options a client does. What cannot be used of them is refused by name.
 # A setting is an environment variable (its name in capitals) and a flag, with dashes, which wins, but secrets
 # have no flag: every user of a machine sees its command lines. An option is a query parameter.
 
@@ -214,9 +213,8 @@ def _wanted(found: Any, valid: Any) -> str:
 # stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
 # stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
 # holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
-# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
-# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
-# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
+# ends there, with an `error`. The frames before it stand. Reading can also begin in mid-stream, at a `place`,
+# without the middle: all that must be known stands between `origin` and the first frame behind it.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -509,8 +507,7 @@ class Pcm(Format):
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
 LONG_PAUSE, SHORT_PAUSE = 0.6, 0.12  # seconds, at first and in the end; in a stop consonant there are fewer
-# Seconds of window between which the one becomes the other; 1 and 3.5 are quicker, with 9 % more wrong words.
-SHRINK_FROM, SHRINK_TO = 2.0, 5.0
+SHRINK_FROM, SHRINK_TO = 2.0, 5.0  # from the one to the other; 1 and 3.5: quicker, with 9 % more wrong words
 LIMIT_SECONDS, QUIET_SECONDS = 15.0, 0.16  # of a window; of the run in its last third that a forced cut takes
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
@@ -560,8 +557,7 @@ class Frames:
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
         self.columns = list(columns or map(array, "QQdf"))
-        # bytes of the stream; where they end, in seconds of the session's audio; dBFS
-        self.offsets, self.sizes, self.ends, self.levels = self.columns
+        self.offsets, self.sizes, self.ends, self.levels = self.columns  # ends: in seconds of the session
 
     def extend(self, frames: Iterable[Frame], now: float) -> list[float]:
         """Add frames, of which the first begins at a time in seconds; gives where each ends."""
@@ -737,10 +733,9 @@ class Segmenter:
 
 
 # ---- Transcript: hypotheses in, final and interim text out -------------------------------------------------
-# A hypothesis is what the endpoint heard in one window: the words of its text, with times. Where a window
-# overlaps what is final already, the words said before are found by aligning the texts; word times are off by
-# 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if two
-# successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
+# Where a window overlaps what is final, the words said before are found by aligning the texts; word times are
+# off by 0.2 s and more, so they only break ties. Words become final at the end of a window, or before it if
+# two successive hypotheses agree on them (LocalAgreement-2, arXiv 2307.14743). Final text is never changed. A
 # hypothesis changes nothing by itself: it gives a step, which becomes true when the journal has it.
 
 EDGE_SECONDS = 0.3  # a word that ends this close to the cut end of a window may have been cut
@@ -952,8 +947,7 @@ class Whisper:
 # ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
-# `RoundTrips` tells how many slots there are and how long to wait, `Rate` how fast requests may follow. When
-# the endpoint fails again and again, or refuses key or model, the circuit opens: one request at a time goes
+# When the endpoint fails repeatedly, or refuses key or model, the circuit opens: one request at a time goes
 # out as a trial, ever later, until one succeeds. The others go to the fallback, a desk of its own, or wait.
 
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
