@@ -1325,16 +1325,11 @@ class State:
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.options: Options  # what its client decides
-        self.opened, self.reason = "", ""  # when it began (UTC); why no more audio will come
+        self.opened, self.over = "", ""  # when it began (UTC); why no more audio will come, if so
         self.summary: Message | None = None
         self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
         self.unstored = list(OBJECTS)  # what the bucket does not have
         self.warned = False  # that there is no speech
-
-    @property
-    def over(self) -> bool:
-        """Whether no more audio will come."""
-        return bool(self.reason)
 
     def apply(self, event: Message, place: int) -> None:
         """Let an event have happened, which ends at a place in the journal."""
@@ -1359,7 +1354,7 @@ class State:
                 self.marks.append(Mark(*event["mark"]))
                 self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
             case "end":
-                self.reason = event["reason"]
+                self.over = event["reason"]
             case "complete":
                 self.summary, self.upload, self.marks = event["summary"], event.get("upload", []), [Mark()]
             case "stored":
@@ -1738,12 +1733,12 @@ class Session:
                 elif message and not self.state.over:
                     self._fed = self._clock()
                     self.recording.append(message)
-                elif message and self.state.reason != "format":
+                elif message and self.state.over != "format":
                     text = "The session is over: this audio is not transcribed."
                     self._say(error_message("after_end", text))
 
     def _end(self, reason: str) -> None:
-        if not self.state.over or (reason == "format" != self.state.reason):
+        if not self.state.over or (reason == "format" != self.state.over):
             self.note("end", reason=reason)
 
     def _behind(self) -> bool:
@@ -2391,7 +2386,7 @@ class Ending:
         if not (self._ready and summary and session.client):
             return
         text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
-        self._told, code = session.client, CLOSE_FORMAT if session.state.reason == "format" else CLOSE_DONE
+        self._told, code = session.client, CLOSE_FORMAT if session.state.over == "format" else CLOSE_DONE
         self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
 
     def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
@@ -2460,7 +2455,7 @@ class Ending:
         usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
         usage |= {"retried_seconds": round(spent.retried, 3), "requests": spent.requests}
         usage |= {"fallback_requests": spent.fallback, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
-        what = (session.recording.name, session.state.reason, json.dumps(usage), len(gaps))
+        what = (session.recording.name, session.state.over, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
         summary = {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}

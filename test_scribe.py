@@ -5155,7 +5155,7 @@ def test_the_state_of_a_session_is_that_of_its_journal(tmp_path: Path) -> None:
     live = states[0]
     assert dataclasses.astuple(live.usage) == dataclasses.astuple(again.usage)
     assert live.usage.requests > 5 and live.places == again.places and len(live.places) > 5
-    assert (live.gaps, live.marks, live.reason) == (again.gaps, again.marks, again.reason)
+    assert (live.gaps, live.marks, live.over) == (again.gaps, again.marks, again.over)
     assert json.loads(json.dumps(live.summary)) == again.summary
     of = [(t.heard, t.resume, t.end, t.prompt(1e9, 200)) for t in (live.transcript, again.transcript)]
     assert of[0] == of[1]
