@@ -610,10 +610,9 @@ class Window:
             if behind == len(frames.ends):
                 break
             cut = frames.ends[behind - 1]
-            front = frames.between(rest.start - LOOKBACK_SECONDS, cut)
-            yield Window(rest.start, cut, rest.first, max(rest.first, cut), cut - rest.start, False, front)
-            back = frames.between(cut - LOOKBACK_SECONDS, rest.end)
-            rest = Window(cut, rest.end, max(cut, rest.first), rest.last, rest.end - cut, rest.clean, back)
+            own, last = frames.between(rest.start - LOOKBACK_SECONDS, cut), max(rest.first, cut)
+            yield replace(rest, end=cut, last=last, speech=cut - rest.start, clean=False, frames=own)
+            rest = replace(rest.since(cut), speech=rest.end - cut)
         yield rest
 
     def since(self, start: float) -> Window:
