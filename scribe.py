@@ -920,8 +920,8 @@ class Whisper:
             response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
         except httpx.HTTPError as error:
             raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
-        if response.status_code == 400 and self._learn(response.text, form):
-            raise Learnt("the endpoint does not take the form", again=False)
+        if response.status_code == 400:
+            self._learn(response.text, form)
         return read_response(response)
 
     def _form(self, post: Post) -> dict[str, Any]:
@@ -931,16 +931,15 @@ class Whisper:
         form = {name: content for name, content in form.items() if content and name not in self._refused}
         return form | {"response_format": "json" if "response_format" in self._refused else "verbose_json"}
 
-    def _learn(self, complaint: str, form: Mapping[str, Any]) -> bool:
-        """Take from a 400 what the endpoint does not know, which is not what one client did wrong."""
+    def _learn(self, complaint: str, form: Mapping[str, Any]) -> None:
+        """Raise Learnt if a 400 tells what the endpoint does not know, and not what one client did wrong."""
         words = "unknown|unsupported|unrecognized|unexpected|not support|languages"
         unknown = ("language", "prompt") if re.search(words, complaint, re.IGNORECASE) else ()
         for name in ("timestamp_granularities[]", "response_format", *unknown):  # two are of all clients
             if form.get(name, "json") != "json" and name.rstrip("[]") in complaint:
                 log.info("the endpoint refuses %s: doing without", name)
                 self._refused |= {name, "timestamp_granularities[]"} if name == "response_format" else {name}
-                return True
-        return False
+                raise Learnt(f"the endpoint does not take {name}", again=False)
 
 
 # ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
