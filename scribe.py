@@ -684,11 +684,9 @@ class Segmenter:
         """End the open window here."""
         if self.open and self.start >= self.now:  # an unclean cut was the last that came: hear its end again
             self.start = max(0.0, self.now - MIN_POST_SECONDS)
-        if not self.open:
-            return []
         # what has only begun may become a word, but behind an unclean cut it is the rest of one
         begun = self.now - self.last < SHORT_PAUSE and self.peek().speech < MIN_SPEECH_SECONDS
-        return [] if begun and self._clean else self._close(self.now, clean=True)
+        return self._close(self.now, clean=True) if self.open and not (begun and self._clean) else []
 
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""
