@@ -62,10 +62,10 @@ COPY --from=build /image /
 # httpx and aiobotocore take these certificates anyway; client.py would look for a system's.
 ENV PATH=/usr/local/bin SSL_CERT_FILE=/usr/local/lib/python3.13/site-packages/certifi/cacert.pem
 
-# Both are compiled, but keep their sources: tracebacks show their lines, and a file that is mounted over one counts.
+# The programs are compiled, but keep their sources: tracebacks show their lines, and a file that is mounted over one counts.
 # The last line fails the build if something was left out above that is needed.
 WORKDIR /app
-COPY scribe.py client.py ./
+COPY scribe.py client.py .page.html ./
 RUN ["python", "-m", "compileall", "-q", "--invalidation-mode=checked-hash", "."]
 RUN ["python", "-c", "import scribe, client, aiobotocore.session, encodings.idna, uvloop"]
 

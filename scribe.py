@@ -18,8 +18,8 @@ The path of the audio, from here to `main`:
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
-Behind it, each readable alone: who is let in; the end of a session; sessions that nobody works on; pace;
-budget; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
+Behind it, each readable alone: who is let in; the page; the end of a session; sessions that nobody works on;
+pace; budget; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
 paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import ctypes
 import email.utils
@@ -110,6 +111,7 @@ class Settings:
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
     scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
+    no_page: bool = value(False, "no page to speak into at /")
     allowed_origins: str = value("", "other origins of pages that may connect, with commas; *: any")
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
     concurrency: int = value(8, "endpoint requests at once, at most", range(1, 1001))
@@ -2030,7 +2032,7 @@ class Server:
 
     def __init__(self, services: Services) -> None:
         self._services, self._settings, self._draining = services, services.settings, False
-        self._door = Door(self._settings)
+        self._door, self._page = Door(self._settings), "" if self._settings.no_page else read_page()
         self._caveat = " Offline recognition: English only, and rough." if rough(self._settings) else ""
         self._sessions, self._works = dict[str, Session](), dict[str, asyncio.Task[None]]()
         self._sweep = Sweep(services, self._sessions, self._find)
@@ -2062,13 +2064,18 @@ class Server:
         if path == "/healthz" or (path == "/readyz" and not (self._draining or trouble)):
             aside = self._services.spool.aside
             return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
+        if path == "/" and self._page:
+            response = connection.respond(200, self._page)
+            del response.headers["Content-Type"]  # it would be text/plain
+            response.headers.update(page_headers(self._page))
+            return response
         try:
             if self._draining:
                 raise Refusal(503, "The server restarts.", RETRY_DRAINING)
             if path == "/readyz":
                 raise Refusal(503, f"The endpoint is left alone for a while: {trouble}.")
             if path != "/ws":
-                raise Refusal(404, "There are /ws, /healthz and /readyz.")
+                raise Refusal(404, f"There are {'/, ' if self._page else ''}/ws, /healthz and /readyz.")
             self._door.check(request)
             self._admit(query)
             self._door.admit(connection)
@@ -2356,6 +2363,30 @@ class Door:
         right = [secrets.compare_digest(code, token) for code in codes for token in self._tokens]
         if self._tokens and not any(right):
             raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+
+
+# ---- The page: a client for people -------------------------------------------------------------------------
+# It is a document of its own, beside this file, and speaks the protocol as all clients do. This file alone
+# serves without it. Nothing runs in it but the script whose hash its policy tells, and what that adds.
+
+PAGE_FILE = ".page.html"
+
+
+def read_page() -> str:
+    """The page; empty where it is missing."""
+    with contextlib.suppress(OSError):
+        return Path(__file__).with_name(PAGE_FILE).read_text("utf-8")
+    return ""
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """What a browser is told of the page: it is strict with it (Content Security Policy, level 3)."""
+    rules = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; connect-src 'self'; media-src blob:"
+    for tag, content in re.findall(r"(?s)<(style|script)>(.*?)</", page):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        rules += f"; {tag}-src 'sha256-{digest}'" + " 'strict-dynamic'" * (tag == "script")
+    kind = {"Content-Type": "text/html; charset=utf-8", "Referrer-Policy": "no-referrer"}
+    return kind | {"Content-Security-Policy": rules}
 
 
 # ---- Ending: what is left to do when all audio of a session is heard ---------------------------------------

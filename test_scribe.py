@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -9334,3 +9335,210 @@ async def test_subtitles_from_a_real_server_show_every_word_when_it_is_said(
         assert start < mine[0].start + 0.5 and mine[-1].end < end + 0.5
         assert all(len(line) <= 42 for line in text.split("\n"))
     assert not spoken and len(blocks) > 2
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The page, in a browser with a microphone that plays a file
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM or importlib.util.find_spec("playwright") is None,
+    reason="needs Chromium (Debian's package chromium) and the package playwright",
+)
+CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
+MICROPHONE = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+PAGE_SECONDS = 40.0  # until something is to be seen, on a loaded machine
+OUTAGE = re.compile("ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|Error in connection est")
+
+
+class Browsed:
+    """`async with Browsed(url, microphone=file) as page`: the page in a browser, and what it complains of."""
+
+    def __init__(self, url: str, *flags: str, microphone: Path | None = None, **context: Any) -> None:
+        fake = [*MICROPHONE, f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []
+        self._url, self._flags, self._context = url, [*CHROMIUM_FLAGS, *flags, *fake], context
+        self.complaints: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        self._playwright = await importlib.import_module("playwright.async_api").async_playwright().start()
+        chromium = self._playwright.chromium
+        self._browser = await chromium.launch(executable_path=CHROMIUM, args=self._flags)
+        self.page: Any = await (await self._browser.new_context(**self._context)).new_page()
+        self.page.set_default_timeout(1000 * PAGE_SECONDS)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._note)
+        await self.page.goto(self._url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._browser.close()
+        await self._playwright.stop()
+
+    def _note(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    async def text(self, name: str) -> str:
+        """What a part of the page shows."""
+        return str(await self.page.inner_text(f"#{name}"))
+
+    async def until(self, expression: str) -> None:
+        """Wait until something is so on the page, whose policy forbids that it looks itself."""
+        async with asyncio.timeout(PAGE_SECONDS):
+            while not await self.page.evaluate(expression):
+                await asyncio.sleep(0.02)
+
+    async def shows(self, name: str, text: str) -> None:
+        """Wait until a part of the page shows a text, among others."""
+        await self.until(f"document.querySelector('#{name}').textContent.includes({json.dumps(text)})")
+
+    async def download(self, name: str) -> str:
+        """What a button lets one keep."""
+        async with self.page.expect_download() as download:
+            await self.page.click(f"#{name}")
+        return Path(await (await download.value).path()).read_text()
+
+
+def microphone(tmp_path: Path, speech: Speech) -> Path:
+    """A file that a browser plays as its microphone."""
+    file = tmp_path / "microphone.wav"
+    file.write_bytes(wav(speech.samples, speech.rate))
+    return file
+
+
+def times_of(cues: str) -> list[float]:
+    """Starts and ends of subtitles, in turn, in seconds."""
+    found = re.findall(r"(\d\d):(\d\d):(\d\d)[,.](\d{3})", cues)
+    return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in found]
+
+
+@needs_chromium
+async def test_the_page_hears_a_microphone_over_a_restart_of_the_server(tmp_path: Path) -> None:
+    speech = speak([1.5, *chatter(random.Random(3), 24), 3.0], 16000)
+    said = [word.text for word in speech.words]
+    async with Endpoint(delay=0.1) as endpoint:
+        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool")}
+        async with (
+            Scribe(env) as server,
+            Browsed(f"http://127.0.0.1:{server.port}/", microphone=microphone(tmp_path, speech)) as browsed,
+        ):
+            await browsed.page.click("#record")
+            await browsed.until("document.querySelector('#interim').textContent")
+            await browsed.until("document.querySelector('#text').textContent")
+            await browsed.until("document.querySelector('#level .speech')")
+            await server.stop(signal.SIGKILL)
+            await browsed.shows("say", "Trying again")
+            await server.start()
+            await browsed.shows("say", "nothing is lost")
+            await browsed.until(f"talk.pieces.length > {10 * len(speech.samples) / speech.rate}")
+            await browsed.page.click("#record")
+            await browsed.until("talk.over")
+            assert words_of(await browsed.text("text")) == said == words_of(await browsed.download("txt"))
+            assert "billed" in await browsed.text("clock") and await browsed.text("say") == ""
+            subtitles = await browsed.download("srt")
+            assert [word for cue in subtitles.split("\n\n") for word in words_of(cue)] == said
+            times = times_of(subtitles)
+            assert times == sorted(times) and len(times) == 2 * subtitles.count("-->") > 2
+            assert all(end - start <= 7 for start, end in zip(times[::2], times[1::2], strict=True))
+            assert (await browsed.download("vtt")).startswith("WEBVTT\n\n")
+            await browsed.page.click("#text span >> nth=0")
+            await browsed.until("player.currentTime > 0 && !player.error")
+            assert [text for text in browsed.complaints if not OUTAGE.search(text)] == []
+
+
+@needs_chromium
+async def test_the_page_takes_a_file_and_a_token_and_tells_what_is_wrong(tmp_path: Path) -> None:
+    speech = speak([0.5, *chatter(random.Random(4), 12), 0.5], 24000)
+    file = tmp_path / "talk.of.monday.ogg"
+    file.write_bytes(encode(speech.samples, 24000, "ogg"))
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0\0\0data")
+    async with Endpoint() as endpoint:
+        env = {
+            "OPENAI_BASE_URL": endpoint.url,
+            "SPOOL_DIR": str(tmp_path / "spool"),
+            "SCRIBE_TOKENS": "sesame",
+        }
+        async with Scribe(env) as server, Browsed(f"http://127.0.0.1:{server.port}/") as browsed:
+            assert not await browsed.page.is_visible("#token")
+            await browsed.page.set_input_files("#pick", file)
+            await browsed.shows("say", "token")
+            await browsed.page.fill("#token", "sesame")
+            await browsed.page.set_input_files("#pick", file)
+            await browsed.until("talk.over")
+            assert words_of(await browsed.text("text")) == [word.text for word in speech.words]
+            await browsed.page.focus("#text span >> nth=0")
+            await browsed.page.keyboard.press("Enter")
+            await browsed.until("player.currentTime > 0 && !player.error")
+            async with browsed.page.expect_download() as download:
+                await browsed.page.click("#vtt")
+            assert (await download.value).suggested_filename == "talk.of.monday.vtt"
+            await browsed.page.fill("#language", "1")
+            await browsed.page.set_input_files("#pick", file)
+            await browsed.shows("say", "language")
+            await browsed.page.fill("#language", "")
+            await browsed.page.set_input_files("#pick", broken)
+            await browsed.shows("say", "Byte")
+            await browsed.until("talk.over")
+            await browsed.page.click("#record")
+            await browsed.shows("say", "microphone")  # there is none, or it is denied
+            assert await browsed.text("record") == "Record"
+
+
+@needs_chromium
+async def test_the_page_says_that_a_microphone_is_silent_and_a_server_full(tmp_path: Path) -> None:
+    silence = Speech(np.zeros(16000 * 30, np.float32), 16000, [])
+    async with Endpoint() as endpoint:
+        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool"), "MAX_SESSIONS": "1"}
+        async with (
+            Scribe(env) as server,
+            Browsed(f"http://127.0.0.1:{server.port}/", microphone=microphone(tmp_path, silence)) as browsed,
+            connect(server.uri) as other,
+        ):
+            await other.recv()
+            await browsed.page.click("#record")
+            await browsed.shows("say", "The server is full.")
+            await other.send("END")
+            await browsed.shows("say", "Listening.")
+            await browsed.shows("say", "No speech so far")
+            await browsed.page.click("#record")
+            await browsed.until("talk.over")
+            assert await browsed.text("say") == "No speech was heard." and not await browsed.text("text")
+            assert not [text for text in browsed.complaints if "Content Security" in text]
+
+
+@needs_chromium
+async def test_the_page_shows_a_gap_until_it_is_filled(tmp_path: Path) -> None:
+    speech = speak([0.5, *chatter(random.Random(5), 10), 1.5, *chatter(random.Random(6), 10), 0.5], 16000)
+    file = tmp_path / "talk.wav"
+    file.write_bytes(wav(speech.samples, speech.rate))
+    async with Endpoint(fault=lambda post: BROKEN) as endpoint:
+        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool"), "DEADLINE_SECONDS": "1"}
+        async with Scribe(env) as server, Browsed(f"http://127.0.0.1:{server.port}/") as browsed:
+            await browsed.page.set_input_files("#pick", file)
+            await browsed.shows("text", "…")
+            endpoint.fault = lambda post: None
+            await browsed.until("talk.over")
+            assert words_of(await browsed.text("text")) == [word.text for word in speech.words]
+            assert "…" not in await browsed.text("text") and browsed.complaints == []
+
+
+@pytest.mark.parametrize("shown", [True, False])
+async def test_the_page_is_what_its_policy_knows_and_can_be_turned_off(shown: bool, tmp_path: Path) -> None:
+    env = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "SPOOL_DIR": str(tmp_path)}
+    async with (
+        Scribe(env, () if shown else ("--no-page",)) as server,
+        ClientSession() as http,
+        http.get(f"http://127.0.0.1:{server.port}/") as response,
+    ):
+        page, policy = await response.text(), response.headers.get("Content-Security-Policy", "")
+    assert response.status == (200 if shown else 404)
+    if shown:
+        assert response.content_type == "text/html" and response.headers["Referrer-Policy"] == "no-referrer"
+        for tag in ("script", "style"):
+            (content,) = re.findall(f"(?s)<{tag}>(.*?)</{tag}>", page)
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert "unsafe" not in policy and "://" not in page, "it loads something"
+    else:
+        assert page == "There are /ws, /healthz and /readyz.\n"
