@@ -9508,19 +9508,23 @@ async def test_the_page_says_that_a_microphone_is_silent_and_a_server_full(tmp_p
 
 
 @needs_chromium
-async def test_the_page_shows_a_gap_until_it_is_filled(tmp_path: Path) -> None:
+async def test_the_page_shows_a_gap_until_it_is_filled_and_where_the_recording_is(
+    s3: Moto, tmp_path: Path
+) -> None:
     speech = speak([0.5, *chatter(random.Random(5), 10), 1.5, *chatter(random.Random(6), 10), 0.5], 16000)
     file = tmp_path / "talk.wav"
     file.write_bytes(wav(speech.samples, speech.rate))
     async with Endpoint(fault=lambda post: BROKEN) as endpoint:
         env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool"), "DEADLINE_SECONDS": "1"}
-        async with Scribe(env) as server, Browsed(f"http://127.0.0.1:{server.port}/") as browsed:
+        async with Scribe(env | s3.env) as server, Browsed(f"http://127.0.0.1:{server.port}/") as browsed:
             await browsed.page.set_input_files("#pick", file)
             await browsed.shows("text", "…")
             endpoint.fault = lambda post: None
             await browsed.until("talk.over")
             assert words_of(await browsed.text("text")) == [word.text for word in speech.words]
             assert "…" not in await browsed.text("text") and browsed.complaints == []
+            (name,) = (name for name in s3.objects() if name.endswith(".wav"))
+            assert f"s3://{s3.bucket}/{name}" in await browsed.text("kept")
 
 
 @pytest.mark.parametrize("shown", [True, False])
