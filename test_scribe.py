@@ -9348,7 +9348,7 @@ needs_chromium = pytest.mark.skipif(
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
 MICROPHONE = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 PAGE_SECONDS = 40.0  # until something is to be seen, on a loaded machine
-OUTAGE = re.compile("ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|Error in connection est")
+AWAY = re.compile("ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|Error in connection est")
 
 
 class Browsed:
@@ -9443,7 +9443,7 @@ async def test_the_page_hears_a_microphone_over_a_restart_of_the_server(tmp_path
             assert (await browsed.download("vtt")).startswith("WEBVTT\n\n")
             await browsed.page.click("#text span >> nth=0")
             await browsed.until("player.currentTime > 0 && !player.error")
-            assert [text for text in browsed.complaints if not OUTAGE.search(text)] == []
+            assert [text for text in browsed.complaints if not AWAY.search(text)] == []
 
 
 @needs_chromium
