@@ -60,6 +60,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import accumulate, groupby, islice, pairwise, takewhile
@@ -71,6 +72,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 from websockets import ConnectionClosed, Request, Response, ServerConnection, serve
 
+VERSION = "1.0"
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
@@ -110,7 +112,9 @@ class Settings:
     offline_model: str = value("base", "of faster-whisper: a folder, or a name to fetch; or pocketsphinx")
     host: str = value("localhost", "address to listen on")
     port: int = value(8000, "port to listen on; 0: any free one", range(65536))
-    scribe_tokens: str = value("", "tokens, with commas, of which clients must show one", secret=True)
+    reuse_port: bool = value(False, "let other processes listen on the same port")
+    scribe_tokens: str = value("", "TOKEN or NAME:TOKEN, with commas: clients must show one", secret=True)
+    scribe_tokens_file: str = value("", "file with more of them, one a line")
     no_page: bool = value(False, "no page to speak into at /")
     allowed_origins: str = value("", "other origins of pages that may connect, with commas; *: any")
     max_sessions: int = value(300, "sessions at once; beyond it 503", range(1, 100_001))
@@ -131,11 +135,13 @@ class Settings:
     s3_prefix: str = value("", "prefix of the keys in the bucket")
     archive_seconds: float = value(10.0, "how long `complete` waits for the bucket", (0, 600))
     log_level: str = value("info", "debug, info, warning or error", ("debug", "info", "warning", "error"))
+    log_format: str = value("text", "text, or json: an object a line", ("text", "json"))
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         """Settings from flags and environment variables. Raises ValueRefused; --help leaves by SystemExit."""
         parser = argparse.ArgumentParser(prog="scribe.py", epilog="Only as environment variables:")
+        parser.add_argument("--version", action="version", version=f"scribe {VERSION}")
         for item in fields(cls):
             text = f"{item.metadata['text']} [{item.name.upper()}, {item.default or 'none'}]"
             if item.metadata["secret"]:
@@ -1243,15 +1249,21 @@ class Spool:
 
     def __init__(self, settings: Settings) -> None:
         self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
-        self.full, self.aside, self._started = False, 0, time.time()  # as of the last sweep; so many given up
+        self.aside, self._started = 0, time.time()  # so many were given up, as of the last sweep
+        self.fault = self._probe()  # why nothing may be added to it, as of then
+        if self.fault:
+            raise ValueRefused(f"SPOOL_DIR: {self.fault}")
+
+    def _probe(self) -> str:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._directory).close()
         except OSError as error:
-            raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
+            return f"{self._directory} cannot be written: {error.strerror}"
+        return ""
 
-    def create(self, options: Options) -> Recording:
-        """A new session, whose journal begins with what its client decides. Raises SpoolError."""
+    def create(self, options: Options, client: str = "") -> Recording:
+        """A new session, whose journal begins with its client's name and options. Raises SpoolError."""
         chosen = asdict(options) | {"token": ""}  # it is nobody's business
         opened = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         try:
@@ -1259,7 +1271,7 @@ class Spool:
         except OSError as error:
             raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
         try:
-            recording.note({"event": "open", "opened": opened, "options": chosen})
+            recording.note({"event": "open", "opened": opened, "client": client, "options": chosen})
         except SpoolError:
             recording.remove()
             recording.close()
@@ -1287,7 +1299,8 @@ class Spool:
             for file in os.scandir(self._directory):
                 with contextlib.suppress(OSError):  # another process finished it
                     stats[file.name] = file.stat()
-        self.full = sum(max(stat.st_size, 1 << 12) for stat in stats.values()) >= self._limit  # in blocks
+        full = sum(max(stat.st_size, 1 << 12) for stat in stats.values()) >= self._limit  # in blocks
+        self.fault = "it is full" if full else self._probe()
         audio = [(name[:-6], stat.st_mtime) for name, stat in stats.items() if name.endswith(".audio")]
         self.aside = sum(name.startswith(ASIDE) for name, _ in audio)
         left = time.time() - grace  # who has a session touches its audio
@@ -1320,7 +1333,7 @@ class State:
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.options: Options  # what its client decides
-        self.opened, self.over = "", ""  # when it began (UTC); why no more audio will come, if so
+        self.opened = self.client = self.over = ""  # when it began (UTC); whose token it was; why it ended
         self.summary: Message | None = None
         self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
         self.unstored = list(OBJECTS)  # what the bucket does not have
@@ -1331,7 +1344,8 @@ class State:
         message = event.get("message", {})
         match event.get("event"):
             case "open":
-                self.opened, self.options = event["opened"], Options(**event["options"])
+                self.opened, self.client = event["opened"], event.get("client", "")
+                self.options = Options(**event["options"])
             case "post":
                 self.usage.add(event["seconds"], event.get("retried", False), event.get("fallback", False))
             case "transcription":
@@ -2025,6 +2039,10 @@ def span(timed: Word | Step | Gap) -> dict[str, float]:
 
 RESTORES, MAX_MESSAGE_BYTES = 64, 1 << 20  # sessions that are read back at once; of what clients send
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
+BUCKET_SECONDS = 300.0  # of failures only, from which on a server is not ready
+
+
+WORK = ContextVar["Session | None"]("WORK", default=None)  # the session that a task works for, for its log
 
 
 class Server:
@@ -2043,6 +2061,7 @@ class Server:
         hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door)}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
         hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
+        hooks["reuse_port"] = self._settings.reuse_port or None  # where there is no such thing, None will do
         listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
         async with listening as listener, asyncio.TaskGroup() as self._tasks:
             for socket in listener.sockets:
@@ -2060,8 +2079,8 @@ class Server:
 
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
-        trouble = self._services.desk.trouble()
-        if path == "/healthz" or (path == "/readyz" and not (self._draining or trouble)):
+        unready = self._unready()
+        if path == "/healthz" or (path == "/readyz" and not unready):
             aside = self._services.spool.aside
             return connection.respond(200, f"ok\nset aside: {aside}, see the log\n" if aside else "ok\n")
         if path == "/" and self._page:
@@ -2070,13 +2089,11 @@ class Server:
             response.headers.update(page_headers(self._page))
             return response
         try:
-            if self._draining:
-                raise Refusal(503, "The server restarts.", RETRY_DRAINING)
-            if path == "/readyz":
-                raise Refusal(503, f"The endpoint is left alone for a while: {trouble}.")
+            if self._draining or path == "/readyz":
+                raise Refusal(503, unready, RETRY_DRAINING if self._draining else 0)
             if path != "/ws":
                 raise Refusal(404, f"There are {'/, ' if self._page else ''}/ws, /healthz and /readyz.")
-            self._door.check(request)
+            connection.username = self._door.check(request)
             self._admit(query)
             self._door.admit(connection)
         except Refusal as refusal:
@@ -2085,6 +2102,18 @@ class Server:
                 response.headers["Retry-After"] = str(refusal.retry)
             return response
         return None
+
+    def _unready(self) -> str:
+        """Why clients had better go to another server, if so."""
+        services = self._services
+        if self._draining:
+            return "The server restarts."
+        if trouble := services.desk.trouble():
+            return f"The endpoint is left alone for a while: {trouble}."
+        if services.spool.fault:
+            return f"The spool takes no more: {services.spool.fault}."
+        fails = services.archive and services.archive.fails(BUCKET_SECONDS)
+        return f"The bucket has failed for more than {BUCKET_SECONDS:.0f} s." if fails else ""
 
     def _admit(self, query: str) -> None:
         now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
@@ -2101,7 +2130,7 @@ class Server:
         active = sum(not session.state.over for session in self._sessions.values())
         if not session and (active >= self._settings.max_sessions or len(self._sessions) >= self._door.room):
             raise Refusal(503, "The server is full.", RETRY_FULL)
-        if not session and (self._services.spool.full or self._services.hour.share(hourly, now) >= 1):
+        if not session and (self._services.spool.fault or self._services.hour.share(hourly, now) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
 
     def _find(self, name: str) -> Session:
@@ -2130,10 +2159,13 @@ class Server:
                     text = "Resumed. Send audio from byte `received` on, then END."
                 else:
                     await self._services.turn.begin()
-                    session, status = self._start(self._services.spool.create(options)), "ready"
+                    recording = self._services.spool.create(options, connection.username)
+                    session, status = self._start(recording), "ready"
                     text = "Connected. Send audio, then END."
-                    log.info("session %s: begun, %s", session.recording.name, options.format)
                 await session.attach(client, status, text + self._caveat, options.after)
+                WORK.set(session)
+                what = session.recording.name, status, session.state.options.format, connection.username
+                log.info("session %s: %s, %s, for %s", *what[:3], what[3] or "anybody")
                 with contextlib.suppress(ConnectionClosed), contextlib.ExitStack() as leaving:
                     leaving.callback(session.detach, client)
                     async for message in connection:
@@ -2145,6 +2177,7 @@ class Server:
     async def _work(self, name: str, session: Session) -> None:
         """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
         message = ""
+        WORK.set(session)
         try:
             if await session.run():
                 self._sweep.postpone(name)
@@ -2166,6 +2199,19 @@ class Server:
             del self._sessions[name], self._works[name]
             session.done.set()
             session.recording.close()
+
+
+class JsonLines(logging.Formatter):
+    """Log records as JSON, each with the session whose task it comes from, and its client's name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """An object on one line; its time is in seconds since 1970."""
+        line: Message = {"time": record.created, "level": record.levelname, "message": record.getMessage()}
+        if session := WORK.get():
+            line |= {"session": session.recording.name, "client": session.state.client}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
 
 
 async def run(settings: Settings, engine: Whisper | Offline) -> None:
@@ -2193,8 +2239,10 @@ def main() -> int:
     try:
         settings = Settings.load(sys.argv[1:], os.environ)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # of libraries, warnings at least
+        if settings.log_format == "json":
+            logging.root.handlers[0].setFormatter(JsonLines())
         log.setLevel(settings.log_level.upper())
-        if settings.host not in LOCAL and not settings.scribe_tokens:
+        if settings.host not in LOCAL and not (settings.scribe_tokens or settings.scribe_tokens_file):
             log.warning("open beyond this machine without SCRIBE_TOKENS: anyone may spend your money")
         uvloop = importlib.import_module("uvloop") if importlib.util.find_spec("uvloop") else None
         with contextlib.suppress(AttributeError, OSError):  # glibc would keep windows and uploads for reuse
@@ -2221,6 +2269,19 @@ UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handsh
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
 RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 11  # at a time; of these, 350 frames at most: that takes 3 ms
 QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of PCM16 at 16 kHz
+
+
+def read_tokens(settings: Settings) -> dict[bytes, str]:
+    """What opens the door, each with the name of who has it. Raises ValueRefused."""
+    text, file = settings.scribe_tokens, settings.scribe_tokens_file
+    try:
+        text += "\n" + re.sub("(?m)^#.*", "", Path(file).read_text("utf-8")) if file else ""
+    except (OSError, UnicodeError) as error:
+        raise ValueRefused(f"SCRIBE_TOKENS_FILE: {error}") from None
+    tokens = {token.encode(): name for name, token in re.findall(r"(?:([\w.@-]+):)?([^,\s]+)", text)}
+    if file and not tokens:
+        raise ValueRefused(f"SCRIBE_TOKENS_FILE: {file} has no token: the door would stand open")
+    return tokens
 
 
 class Refusal(Exception):
@@ -2296,7 +2357,7 @@ class Door:
     """Counts connections, and knows who may come in."""
 
     def __init__(self, settings: Settings) -> None:
-        self._tokens = [token.encode() for token in re.findall("[^,\\s]+", settings.scribe_tokens)]
+        self._tokens = read_tokens(settings)
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
         self._local, self._open = settings.host in LOCAL, 0  # only this machine reaches it; connections
         self._unasked = OrderedDict[ServerConnection, None]()  # those that were not let in yet, oldest first
@@ -2342,8 +2403,8 @@ class Door:
         self._open -= 1
         self.admit(connection)
 
-    def check(self, request: Request) -> None:
-        """Look at a connection's request; what is refused stays among those that give way. Raises Refusal."""
+    def check(self, request: Request) -> str:
+        """Whose token a request shows; what is refused stays among those that give way. Raises Refusal."""
         if self._open - len(self._unasked) >= self.room:
             raise Refusal(503, "There are too many connections.", RETRY_FULL)
         try:
@@ -2360,9 +2421,11 @@ class Door:
         shown = re.findall(r"(?i)^bearer \s*(\S+)\s*$", auth)
         shown += [text for name, text in parse_qsl(request.path.partition("?")[2]) if name == "token"]
         codes = [text.encode(errors="surrogateescape") for text in shown]
-        right = [secrets.compare_digest(code, token) for code in codes for token in self._tokens]
-        if self._tokens and not any(right):
+        equal, tokens = secrets.compare_digest, self._tokens.items()
+        names = [name for code in codes for token, name in tokens if equal(code, token)]
+        if self._tokens and not names:
             raise Refusal(401, "A token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN.")
+        return names[0] if names else ""
 
 
 # ---- The page: a client for people -------------------------------------------------------------------------
@@ -2483,7 +2546,8 @@ class Ending:
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
         summary = {"full_transcription": text, "duration": round(seconds, 3), "gaps": gaps, "usage": usage}
-        return summary | ({"language": session.language} if session.language else {})
+        known = {"language": session.language, "client": session.state.client}
+        return summary | {name: text for name, text in known.items() if text}
 
 
 # ---- Sweep: sessions that nobody works on ------------------------------------------------------------------
@@ -3654,7 +3718,7 @@ class Archive:
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
         self._uploads = asyncio.Semaphore(4)  # at once
-        self._failing = False  # as far as the last attempt tells: then nobody waits for a place
+        self._failed = math.inf  # since when every attempt has failed: then nobody waits for a place
         self._client: Any = None
 
     async def open(self, closing: contextlib.AsyncExitStack) -> None:
@@ -3673,6 +3737,10 @@ class Archive:
         except Exception as error:
             log.error("S3_BUCKET: %s does not answer, recordings wait in the spool: %s", self._bucket, error)
 
+    def fails(self, seconds: float = 0.0) -> bool:
+        """Whether every attempt has failed, for so many seconds at least."""
+        return asyncio.get_running_loop().time() - self._failed >= seconds
+
     def address(self, key: str) -> str:
         """Where an object is."""
         return f"s3://{self._bucket}/{self._prefix}{key}"
@@ -3680,15 +3748,15 @@ class Archive:
     async def store(self, upload: Upload, until: float) -> bool:
         """Upload an object, if that can begin by a time of the loop's clock; tells if the bucket has it."""
         try:  # behind a bucket that fails or hangs all would wait, with their files open
-            async with asyncio.timeout_at(0.0 if self._failing else until) as limit, self._uploads:
+            async with asyncio.timeout_at(0.0 if self.fails() else until) as limit, self._uploads:
                 limit.reschedule(None)  # it has begun
                 await self._store(upload)
-            self._failing = False
+            self._failed = math.inf
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
-            self._failing = True
+            self._failed = min(self._failed, asyncio.get_running_loop().time())
             what = "the bucket fails, or is too slow" if isinstance(error, TimeoutError) else error
             log.warning("not stored yet: %s: %s", self.address(upload.key), what)
-        return not self._failing
+        return not self.fails()
 
     async def _store(self, upload: Upload) -> None:
         target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}

@@ -3095,6 +3095,40 @@ def test_only_a_token_that_is_known_opens_the_door() -> None:
     with_server(scene, scribe_tokens=" alpha, beta,")
 
 
+def test_a_token_may_have_a_name_and_stand_in_a_file(tmp_path: Path) -> None:
+    """The name is in the log, in `complete` and in the transcript, the token nowhere."""
+    file = tmp_path / "tokens"
+    file.write_text("# of the doctors\nward-7:gamma\n  delta:with:colons\n\nepsilon\n")
+    tokens = {"alpha": "", "beta": "anna@x", "gamma": "ward-7", "with:colons": "delta", "epsilon": ""}
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        for token in ("anna@x", "anna@x:beta", "ward-7:gamma", "colons", "doctors", "#"):
+            assert (await refused(with_options(uri, token=token)))[0] == 401
+        for token, name in tokens.items():
+            result = await talk(with_options(uri, token=token), wav(TALK.samples, TALK.rate))
+            assert result.complete and result.complete.get("client", "") == name
+            assert not any(token in json.dumps(message) for message in result.messages)
+
+    with_server(scene, scribe_tokens="alpha,anna@x:beta", scribe_tokens_file=str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), (b"\xff", "utf-8"), (b"#x\n", "no token")]
+)
+async def test_a_file_of_tokens_that_has_none_does_not_open_the_door(
+    content: bytes | None, reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    if content is not None:
+        file.write_bytes(content)
+    command = [sys.executable, SCRIPT, "--offline-model", "x", "--scribe-tokens-file", file, "--port", "0"]
+    env = {**os.environ, "OPENAI_API_KEY": "k", "SPOOL_DIR": str(tmp_path / "spool")}
+    found = await asyncio.to_thread(
+        subprocess.run, command, env=env, capture_output=True, text=True, timeout=20
+    )
+    assert found.returncode == 2 and "SCRIBE_TOKENS_FILE" in found.stderr and reason in found.stderr
+
+
 def test_two_headers_of_one_name_are_a_clear_400() -> None:
     async def scene(uri: str, _: Endpoint) -> None:
         twice = [("Authorization", "Bearer alpha"), ("Authorization", "Bearer alpha")]
@@ -3253,6 +3287,75 @@ def test_pages_answer_and_other_paths_say_where_to_go() -> None:
         assert await is_served(uri)
 
     with_server(scene)
+
+
+def test_a_server_is_not_ready_while_spool_or_bucket_take_nothing(tmp_path: Path) -> None:
+    spool, endpoint = tmp_path / "spool", Endpoint()
+    archive = scribe.Archive(scribe.Settings(s3_bucket="b"))  # has no client: what it stores fails
+    upload = scribe.Upload("key", "audio/wav", 1, iter([b"x"]))
+
+    async def main() -> None:
+        async with endpoint, serving(endpoint, archive, spool_dir=str(spool), spool_bytes=1 << 20) as uri:
+
+            async def ready(status: int, reason: str) -> None:
+                await asyncio.sleep(scribe.SWEEP_MOST + 1)
+                page = uri.replace("ws:", "http:").removesuffix("ws") + "readyz"
+                async with ClientSession() as http, http.get(page) as response:
+                    assert response.status == status and reason in await response.text()
+
+            await ready(200, "ok")
+            (spool / "x.audio").write_bytes(bytes(1 << 20))
+            await ready(503, "it is full")
+            assert (await refused(uri))[0] == 503
+            shutil.rmtree(spool)
+            spool.write_text("in its place")
+            await ready(503, "cannot be written")
+            spool.unlink()
+            await ready(200, "ok")
+            assert not await archive.store(upload, math.inf)
+            await ready(200, "ok")
+            await asyncio.sleep(scribe.BUCKET_SECONDS)
+            await ready(503, "bucket")
+            archive._store = lambda _: asyncio.sleep(0)  # type: ignore[method-assign,assignment]
+            archive._failed = asyncio.get_running_loop().time()  # it is tried again by whom it is due
+            assert not archive.fails(1)
+
+    virtually(main())
+
+
+async def test_logs_may_be_json_with_session_and_client_on_each_line(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path), "SCRIBE_TOKENS": "anna:sesame"}
+    async with Scribe(env, ("--log-format", "json")) as server:
+        result = await talk(with_options(server.uri, token="sesame"), wav(TALK.samples, TALK.rate))
+        assert result.complete
+        assert await server.stop() == 0
+    lines = [json.loads(line) for line in server.lines]
+    assert all(line["time"] > 1e9 and line["level"] == "INFO" and line["message"] for line in lines)
+    own = [line for line in lines if "session" in line]
+    assert {line["client"] for line in own} == {"anna"} and len({line["session"] for line in own}) == 1
+    assert [word for line in own for word in ("ready", "over") if word in line["message"]] == [
+        "ready",
+        "over",
+    ]
+    assert "sesame" not in "".join(server.lines)
+
+
+async def test_processes_may_share_a_port(tmp_path: Path, endpoint: Endpoint) -> None:
+    env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path)}
+    async with Scribe(env, ("--reuse-port",)) as one, Scribe(env, ("--reuse-port",), one.port) as two:
+        await until(lambda: any("listening" in line for line in two.lines), START_SECONDS)
+        talks = [talk(one.uri, wav(TALK.samples, TALK.rate)) for _ in range(24)]
+        for result in await asyncio.gather(*talks):
+            assert_told(TALK, result)
+        begun = [sum(": ready, " in line for line in server.lines) for server in (one, two)]
+    assert sum(begun) == 24 and min(begun) > 0, begun
+
+
+def test_it_tells_its_version() -> None:
+    told = subprocess.run([sys.executable, SCRIPT, "--version"], capture_output=True, text=True, timeout=20)
+    assert told.stdout == f"scribe {scribe.VERSION}\n" and told.returncode == 0
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -6092,6 +6195,7 @@ async def test_a_container_goes_on_where_a_killed_one_was(image: str, endpoint: 
             while await server.health() != "healthy":
                 await asyncio.sleep(0.1)
         times.append(time.monotonic())
+        assert await server.get("/") == 200, "the page is not in the image"
         assert await server.stop() == 0
         times.append(time.monotonic())
         assert "Traceback" not in "\n".join(server.lines)
