@@ -1249,18 +1249,12 @@ class Spool:
 
     def __init__(self, settings: Settings) -> None:
         self._directory, self._limit = Path(settings.spool_dir), settings.spool_bytes
-        self.aside, self._started = 0, time.time()  # so many were given up, as of the last sweep
-        self.fault = self._probe()  # why nothing may be added to it, as of then
-        if self.fault:
-            raise ValueRefused(f"SPOOL_DIR: {self.fault}")
-
-    def _probe(self) -> str:
+        self.fault, self.aside, self._started = "", 0, time.time()  # why it takes no more; so many given up
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._directory).close()
         except OSError as error:
-            return f"{self._directory} cannot be written: {error.strerror}"
-        return ""
+            raise ValueRefused(f"SPOOL_DIR: {self._directory} cannot be written: {error.strerror}") from None
 
     def create(self, options: Options, client: str = "") -> Recording:
         """A new session, whose journal begins with its client's name and options. Raises SpoolError."""
@@ -1300,7 +1294,8 @@ class Spool:
                 with contextlib.suppress(OSError):  # another process finished it
                     stats[file.name] = file.stat()
         full = sum(max(stat.st_size, 1 << 12) for stat in stats.values()) >= self._limit  # in blocks
-        self.fault = "it is full" if full else self._probe()
+        written = os.access(f"{self._directory}/.", os.W_OK)  # by which no descriptor is needed
+        self.fault = "it is full" if full else "" if written else "it cannot be written"
         audio = [(name[:-6], stat.st_mtime) for name, stat in stats.items() if name.endswith(".audio")]
         self.aside = sum(name.startswith(ASIDE) for name, _ in audio)
         left = time.time() - grace  # who has a session touches its audio
@@ -2040,8 +2035,6 @@ def span(timed: Word | Step | Gap) -> dict[str, float]:
 RESTORES, MAX_MESSAGE_BYTES = 64, 1 << 20  # sessions that are read back at once; of what clients send
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
 BUCKET_SECONDS = 300.0  # of failures only, from which on a server is not ready
-
-
 WORK = ContextVar["Session | None"]("WORK", default=None)  # the session that a task works for, for its log
 
 

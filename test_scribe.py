@@ -3311,6 +3311,7 @@ def test_a_server_is_not_ready_while_spool_or_bucket_take_nothing(tmp_path: Path
             spool.write_text("in its place")
             await ready(503, "cannot be written")
             spool.unlink()
+            spool.mkdir()
             await ready(200, "ok")
             assert not await archive.store(upload, math.inf)
             await ready(200, "ok")
