@@ -140,7 +140,8 @@ class Settings:
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         """Settings from flags and environment variables. Raises ValueRefused; --help leaves by SystemExit."""
-        parser = argparse.ArgumentParser(prog="scribe.py", epilog="Only as environment variables:")
+        parser = argparse.ArgumentParser("scribe.py", allow_abbrev=False)  # else --scribe-tokens were a flag
+        parser.epilog = "Only as environment variables:"
         parser.add_argument("--version", action="version", version=f"scribe {VERSION}")
         for item in fields(cls):
             text = f"{item.metadata['text']} [{item.name.upper()}, {item.default or 'none'}]"

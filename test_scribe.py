@@ -2519,8 +2519,11 @@ def test_a_flag_wins_over_the_environment_and_secrets_have_none(capsys: pytest.C
     told = capsys.readouterr().out
     for item in dataclasses.fields(scribe.Settings):
         assert item.name.upper() in told
-        assert (f"--{item.name.replace('_', '-')}" in told) is not item.metadata["secret"]
+        flag = re.search(rf"--{item.name.replace('_', '-')}(?![\w-])", told)
+        assert (flag is not None) is not item.metadata["secret"]
     assert "hush" not in told
+    with pytest.raises(SystemExit):
+        scribe.Settings.load(["--scribe-tokens", "x"], environment)  # nor is it short for another
 
 
 WRONG_OPTIONS = [
