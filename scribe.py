@@ -3049,9 +3049,9 @@ class Encoding(NamedTuple):
 
     def decode(self, data: bytes, n: int = 1) -> bytes:
         """Every n-th sample as PCM16. Floats beyond full scale clip; NaN is neither above nor below it."""
-        if self.size == 2:  # arrays have the machine's order of bytes, little-endian wherever this runs
-            return array("h", data)[::n].tobytes() if n > 1 else data
-        if self.tag == 3:
+        if self.size == 2 and n == 1:
+            return data
+        if self.tag == 3:  # casts have the machine's order of bytes, little-endian wherever this runs
             floats = memoryview(data).cast("f" if self.size == 4 else "d")[::n]
             clipped = (round(32767 * (x if -1 <= x <= 1 else (x > 1) - (x < -1))) for x in floats)
             return array("h", clipped).tobytes()
