@@ -9622,13 +9622,14 @@ async def test_the_page_shows_a_gap_until_it_is_filled_and_where_the_recording_i
     speech = speak([0.5, *chatter(random.Random(5), 10), 1.5, *chatter(random.Random(6), 10), 0.5], 16000)
     file = tmp_path / "talk.wav"
     file.write_bytes(wav(speech.samples, speech.rate))
-    async with Endpoint(fault=lambda post: BROKEN) as endpoint:
-        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool"), "DEADLINE_SECONDS": "1"}
+    async with Endpoint(delay=0.1, script=[refusal(400, "This part cannot be read")]) as endpoint:
+        env = {"OPENAI_BASE_URL": endpoint.url, "SPOOL_DIR": str(tmp_path / "spool")}
         async with Scribe(env | s3.env) as server, Browsed(f"http://127.0.0.1:{server.port}/") as browsed:
+            watch = "new MutationObserver(() => { seen ||= $('text').textContent.includes('…') })"
+            await browsed.page.evaluate(f"seen = false, {watch}.observe($('text'), {{childList: true}})")
             await browsed.page.set_input_files("#pick", file)
-            await browsed.shows("text", "…")
-            endpoint.fault = lambda post: None
-            await browsed.until("talk.over")
+            await browsed.until("talk.over && talk.finals.length")
+            assert await browsed.page.evaluate("seen")
             assert words_of(await browsed.text("text")) == [word.text for word in speech.words]
             assert "…" not in await browsed.text("text") and browsed.complaints == []
             (name,) = (name for name in s3.objects() if name.endswith(".wav"))
