@@ -62,7 +62,7 @@ COPY --from=build /image /
 # httpx and aiobotocore take these certificates anyway; client.py would look for a system's.
 ENV PATH=/usr/local/bin SSL_CERT_FILE=/usr/local/lib/python3.13/site-packages/certifi/cacert.pem
 
-# The programs are compiled, but keep their sources: tracebacks show their lines, and a file that is mounted over one counts.
+# The programs are compiled, but keep their sources: tracebacks show their lines, and a file mounted over one counts.
 # The last line fails the build if something was left out above that is needed.
 WORKDIR /app
 COPY scribe.py client.py .page.html ./

@@ -222,8 +222,9 @@ def _wanted(found: Any, valid: Any) -> str:
 # stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
 # stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
 # holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
-# ends there, with an `error`. The frames before it stand. Reading can also begin in mid-stream, at a `place`,
-# without the middle: all that must be known stands between `origin` and the first frame behind it.
+# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
+# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
+# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
@@ -513,7 +514,7 @@ class Pcm(Format):
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
 LONG_PAUSE, SHORT_PAUSE = 0.6, 0.12  # seconds, at first and in the end; in a stop consonant there are fewer
-SHRINK_FROM, SHRINK_TO = 2.0, 5.0  # from the one to the other; 1 and 3.5: quicker, with 9 % more wrong words
+SHRINK_FROM, SHRINK_TO = 2.0, 5.0  # seconds of window, in between; 1 and 3.5: quicker, 9 % more wrong words
 LIMIT_SECONDS, QUIET_SECONDS = 15.0, 0.16  # of a window; of the run in its last third that a forced cut takes
 MIN_SPEECH_SECONDS = 0.1  # less is no word; the edges of one of 0.2 s are too soft to count
 SOUND_SECONDS = 0.03  # in a row that open a window: noise has its single loud frames
@@ -563,10 +564,11 @@ class Frames:
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
         self.columns = list(columns or map(array, "QQdf"))
-        self.offsets, self.sizes, self.ends, self.levels = self.columns  # ends: in seconds of the session
+        # bytes of the stream; where they end, in seconds of the session's audio; dBFS
+        self.offsets, self.sizes, self.ends, self.levels = self.columns
 
     def extend(self, frames: Iterable[Frame], now: float) -> list[float]:
-        """Add frames, of which the first begins at a time in seconds; gives where each ends."""
+        """Add frames, one at least, of which the first begins at a time; gives where each ends. Seconds."""
         offsets, sizes, seconds, levels = zip(*frames, strict=True)
         ends = list(accumulate(seconds, initial=now))[1:]
         for column, more in zip(self.columns, (offsets, sizes, ends, levels), strict=True):
@@ -618,7 +620,8 @@ class Window:
             cut = frames.ends[behind - 1]
             own, last = frames.between(rest.start - LOOKBACK_SECONDS, cut), max(rest.first, cut)
             yield replace(rest, end=cut, last=last, speech=cut - rest.start, clean=False, frames=own)
-            rest = replace(rest.since(cut), speech=rest.end - cut)
+            back = frames.between(cut - LOOKBACK_SECONDS, rest.end)
+            rest = replace(rest.since(cut), speech=rest.end - cut, frames=back)
         yield rest
 
     def since(self, start: float) -> Window:
@@ -949,7 +952,8 @@ class Whisper:
 # ---- Desk: who may ask the endpoint, and when. One for the process -----------------------------------------
 # Finals come before interims. A final waits for a slot; of those that wait, the session with the fewest
 # requests in flight goes first, then the oldest. An interim takes a slot that nobody waits for, now or never.
-# When the endpoint fails repeatedly, or refuses key or model, the circuit opens: one request at a time goes
+# `RoundTrips` tells how many slots there are and how long to wait, `Rate` how fast requests may follow. When
+# the endpoint fails again and again, or refuses key or model, the circuit opens: one request at a time goes
 # out as a trial, ever later, until one succeeds. The others go to the fallback, a desk of its own, or wait.
 
 BACKOFF_SECONDS, BACKOFF_LIMIT = 0.5, 8.0  # 0.5 * 2^n with jitter, as the OpenAI SDK does
@@ -1329,7 +1333,7 @@ class State:
         self.marks = [Mark()]  # the last one that is WARM_SECONDS before `heard`, and those behind it
         self.places = array("Q", [0])  # in the journal, behind each transcription, by its number
         self.options: Options  # what its client decides
-        self.opened = self.client = self.over = ""  # when it began (UTC); whose token it was; why it ended
+        self.opened = self.client = self.over = ""  # began (UTC); whose token it was; why no more audio comes
         self.summary: Message | None = None
         self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
         self.unstored = list(OBJECTS)  # what the bucket does not have
@@ -1903,11 +1907,8 @@ class Session:
             audio, lead = self.recording.read(begin, end - begin), frames.index(window.start)
             places = zip(frames.offsets, frames.sizes, strict=True)
             pieces = [audio[offset - begin : offset - begin + size] for offset, size in places]
-            if form.slow:
-                async with self.services.converting:
-                    content = await asyncio.to_thread(form.file, pieces, lead)
-            else:
-                content = form.file(pieces, lead)
+            async with self.services.converting if form.slow else contextlib.nullcontext():
+                content = await asyncio.to_thread(form.file, pieces, lead)
         if not 0 < len(content) <= self.space:
             raise EndpointError("UPLOAD_BYTES is too small for this part", again=False)
         return content
@@ -2158,8 +2159,8 @@ class Server:
                     text = "Connected. Send audio, then END."
                 await session.attach(client, status, text + self._caveat, options.after)
                 WORK.set(session)
-                what = session.recording.name, status, session.state.options.format, connection.username
-                log.info("session %s: %s, %s, for %s", *what[:3], what[3] or "anybody")
+                form, who = session.state.options.format, connection.username or "anybody"
+                log.info("session %s: %s, %s, for %s", session.recording.name, status, form, who)
                 with contextlib.suppress(ConnectionClosed), contextlib.ExitStack() as leaving:
                     leaving.callback(session.detach, client)
                     async for message in connection:
@@ -2267,15 +2268,16 @@ QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of 
 
 def read_tokens(settings: Settings) -> dict[bytes, str]:
     """What opens the door, each with the name of who has it. Raises ValueRefused."""
-    text, file = settings.scribe_tokens, settings.scribe_tokens_file
+    tokens, file = re.findall(r"[^,\s]+", settings.scribe_tokens), settings.scribe_tokens_file
     try:
-        text += "\n" + re.sub("(?m)^#.*", "", Path(file).read_text("utf-8")) if file else ""
+        lines = map(str.strip, Path(file).read_text("utf-8").splitlines() if file else ())
     except (OSError, UnicodeError) as error:
         raise ValueRefused(f"SCRIBE_TOKENS_FILE: {error}") from None
-    tokens = {token.encode(): name for name, token in re.findall(r"(?:([\w.@-]+):)?([^,\s]+)", text)}
-    if file and not tokens:
-        raise ValueRefused(f"SCRIBE_TOKENS_FILE: {file} has no token: the door would stand open")
-    return tokens
+    own = [line for line in lines if line and not line.startswith("#")]
+    if file and not (own and all(re.fullmatch(r"[^,\s]+", line) for line in own)):  # words of a remark, too
+        raise ValueRefused(f"SCRIBE_TOKENS_FILE: {file} must have a token, and no more on a line than one")
+    named = (re.fullmatch(r"(?:([\w.@-]+):)?(.+)", token) for token in tokens + own)
+    return {found[2].encode(): found[1] or "" for found in named if found}
 
 
 class Refusal(Exception):
