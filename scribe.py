@@ -620,11 +620,11 @@ class Segmenter:
         self.start = self.first = self.last = settled  # of the open window; of its speech
         self._cut, self._clean = settled, True  # the last one, and whether it went through a pause
         self._said, self._sound = settled > 0, 0.0  # it was behind speech; seconds of sound without a rest
-        self._floor, self._frames = NoiseFloor(), Frames()
+        self.floor, self._frames = NoiseFloor(), Frames()
 
     def feed(self, frames: Sequence[Frame], limit: float = LIMIT_SECONDS) -> list[Window]:
         """The windows that these frames end, or a limit, which is less where a file would be too large."""
-        floor, sound, windows = self._floor, self._sound, list[Window]()
+        floor, sound, windows = self.floor, self._sound, list[Window]()
         for frame, now in zip(frames, self._frames.extend(frames, self.now) if frames else (), strict=True):
             self.now, (_, _, seconds, level) = now, frame
             floor.hear(level, seconds)
@@ -688,7 +688,7 @@ class Segmenter:
         frames = self._frames.between(self.start - LOOKBACK_SECONDS, end)
         own = frames.index(self.start)
         times = [self.start, *frames.ends[own:]]
-        nothing = self._floor.nothing  # it knows the room better now than when the frames came
+        nothing = self.floor.nothing  # it knows the room better now than when the frames came
         sounds = runs(times, frames.levels[own:], nothing)
         syllables = sorted(runs(times, frames.levels[own:], nothing + CLEAR_DB).values())
         heard = max(sounds.values(), default=0.0) >= CLICK_SECONDS or sum(syllables[-2:]) >= SYLLABLES_SECONDS
@@ -1308,6 +1308,7 @@ class State:
 # one that comes back hears from where it stopped. Beside it are a few notices and, last, the newest interim.
 
 ERRORS, UNREAD = 100, 1 << 12  # of one client, events that wait for it: then it is closed. Damage makes fewer
+HARMLESS = "endpoint", "after_end", "input_audio_buffer_commit_empty"  # codes of what is no client's fault
 CLOSE_DONE, CLOSE_FORMAT, CLOSE_REFUSED, CLOSE_FAILED, CLOSE_RESTART = 1000, 1003, 1008, 1011, 1012  # of IANA
 
 
@@ -1354,13 +1355,9 @@ class Client:
     def __init__(self, connection: ServerConnection, dialect: Dialect) -> None:
         self.done = asyncio.Event()  # nothing more will be sent
         self.answered = self._errors = 0  # the code of the close that it answered: it has all that was sent
-        self.dialect, self._connection, self._wake = dialect, connection, asyncio.Event()
-        self.waits = (
-            asyncio.get_running_loop().time()
-        )  # for the end, since then, or since it was told of that
-        self.warned = False  # of what keeps text away, as long as it does
-        self.recording: Recording | None = None  # of the session that it is told of
-        self.place = 0  # in its journal: what is before it was sent
+        self.dialect, self._connection, self._wake, self.place = dialect, connection, asyncio.Event(), 0
+        self.waits, self.warned = asyncio.get_running_loop().time(), False  # for the end, since; of trouble
+        self.recording: Recording | None = None  # whose journal is sent; what is before `place` was
         self.notices = deque[tuple[int, Message]]()  # events that are in no journal, and behind which place
         self._last: Message | None = None  # behind all else: an interim, or what is said at the close
         self._close: tuple[int, str] | None = None
@@ -1368,7 +1365,7 @@ class Client:
     def tell(self, event: Message) -> None:
         """Send what an event says that is not in the journal, behind what is there now."""
         wrong = event.get("refused") or event.get("message") or {}
-        self._errors += wrong.get("code", "endpoint") != "endpoint"  # which is no fault of the client's
+        self._errors += wrong.get("code", "endpoint") not in HARMLESS
         self.notices.append((self.recording.end if self.recording else 0, event))
         self._wake.set()
         if self._errors >= ERRORS or len(self.notices) >= UNREAD:
@@ -2375,8 +2372,8 @@ def wire_options(said: Mapping[str, Any], terms: object = None, **more: Any) -> 
     """Options from what another wire says; what is odd there is not said. Raises ValueRefused."""
     language = _text(said.get("language")).lower().partition("-")[0]  # of en-US; multi is none
     more["language"] = language if re.fullmatch("[a-z]{2,3}", language) else ""
-    words = ", ".join(filter(None, map(_text, terms))) if isinstance(terms, list) else ""
-    more["prompt"] = f"{_text(said.get('prompt'))} {words}".strip()[:PROMPT_CHARACTERS]
+    own, words = _text(said.get("prompt")), map(_text, terms if isinstance(terms, list) else ())
+    more["prompt"] = f"{own} {', '.join(w for w in words if w and w not in own)}".strip()[:PROMPT_CHARACTERS]
     return Options(**read_values(Options, {name: str(text) for name, text in more.items() if text}, str))
 
 
@@ -2384,9 +2381,8 @@ class Foreign(Dialect):
     """What the other wires have in common: they tell where speech begins and ends."""
 
     def __init__(self, options: Options) -> None:
-        self.options, self.name = options, ""  # and that of the session in logs
-        self.heard = 0.0  # up to where all text was told, in seconds
-        self.speaks, self.last = False, 0.0  # somebody does; where one began or ended last, in seconds
+        self.options, self.name, self.speaks = options, "", False  # of the session in logs; somebody does
+        self.heard = self.last = 0.0  # where all text was told up to; where speech began or ended; in seconds
 
     def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
         turns = list[tuple[bool, float]]()  # whether somebody speaks, and since when
@@ -2395,8 +2391,9 @@ class Foreign(Dialect):
         if not segmenter.open:  # what had begun may have been no word
             turns.append((False, segmenter.last))
         elif not self.speaks and segmenter.last > KNOWN_BLOCKS * FLOOR_BLOCK_SECONDS:  # before, all is sound
-            window = segmenter.peek()
-            turns += [(True, window.first)] * (window.speech >= MIN_SPEECH_SECONDS)
+            own = segmenter.peek().frames.between(segmenter.start)
+            loud = runs([segmenter.start, *own.ends], own.levels, segmenter.floor.pause)
+            turns += [(True, min(loud))] if sum(loud.values()) >= SYLLABLES_SECONDS else []
         for speaks, place in turns:
             if speaks != self.speaks:
                 self.speaks, self.last = speaks, place
@@ -2439,7 +2436,8 @@ class Deepgram(Foreign):
             case "CloseStream":
                 yield "END"
             case "Configure":
-                self.options = replace(self.options, prompt=wire_options({}, command.get("keyterms")).prompt)
+                prompt = wire_options({}, command.get("keyterms")).prompt
+                self.options = replace(self.options, prompt=prompt or self.options.prompt)
                 yield from (self.options, {"configured": True})
 
     def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
@@ -2512,11 +2510,13 @@ class Realtime(Foreign):
         super().__init__(wire_options({}, format="pcm_s16le", rate=OPENAI_RATE))
         said = {name: text[:MOST_NAME] for name, text in parse_qsl(query) if name == "model"}
         self._input: Message = {"format": {"type": "audio/pcm", "rate": OPENAI_RATE}, "transcription": said}
-        self._vad, self._configured = True, False  # items end where speech does; the client has said so
+        self._vad, self._flows = True, False  # items end where speech does; it is known how audio is written
         self._early, self._fresh = bytearray(), False  # audio from before; whether any is not committed
-        self._asked = deque[str]()  # what FLUSHes that do not stand yet are there for: commit, clear
+        self._asked = deque[
+            tuple[str, bool]
+        ]()  # why FLUSHes that do not stand yet are there; and `_vad` then
         self._items, self._before = list[Item](), ""  # those that are not completed; the last one committed
-        self._numbers = count(1)  # of items and events
+        self._numbers, self._ended = count(1), 0.0  # of items and events; where the last item did, in seconds
 
     def hear(self, message: bytes | str) -> Iterator[bytes | str | Options | Message]:
         asked = read_object(message)
@@ -2532,17 +2532,17 @@ class Realtime(Foreign):
                     if about:  # LiveKit takes any error for the end
                         yield {"refused": empty | about}
                 case "commit" | "clear" as what:
-                    self._asked.append(what)
+                    self._asked.append((what, self._vad))
                     yield from (bytes(self._early), "FLUSH")
-                    self._early, self._fresh, self._configured = bytearray(), False, True
+                    self._early, self._fresh, self._flows = bytearray(), False, True
                 case "session.update" | "transcription_session.update":
                     self._configure(asked["session"])
                     yield from (self.options, {"updated": f"{kind}d"})
         except (AttributeError, KeyError, TypeError, ValueError, ValueRefused) as error:
             yield {"refused": {"code": "invalid_value", "message": f"{kind}: {error}", **about}}
-        if self._early and (self._configured or len(self._early) > 240_000):  # bytes: 5 s
+        if self._early and (self._flows or len(self._early) > 240_000):  # bytes: 5 s
             yield bytes(self._early)
-            self._early = bytearray()
+            self._early, self._flows = bytearray(), True
 
     def _configure(self, session: Message) -> None:
         """Take up what the client wants; what it does not say stays. Raises ValueRefused."""
@@ -2557,12 +2557,11 @@ class Realtime(Foreign):
         own = {"language": said.get("language") or languages[0]}
         streams = model not in ("", "whisper-1")  # which has no text before an item is over
         self.options = wire_options(said | own, said.get("keywords"), format=name, rate=rate, interim=streams)
-        stays = self._vad if self._configured else not model.startswith(STREAMED)
-        self._vad, self._configured = given.get("turn_detection", stays) not in (None, False), True
+        stays = self._vad if self._flows else not model.startswith(STREAMED)
+        self._vad, self._flows = given.get("turn_detection", stays) not in (None, False), True
         known = {"model": model, "language": self.options.language, "prompt": self.options.prompt}
         known = {name: text for name, text in known.items() if text}
         self._input = {"format": {"type": form["type"], "rate": self.options.rate}, "transcription": known}
-        self._input |= {"turn_detection": {"type": "server_vad"}} if self._vad else {}
 
     def tell(self, event: Message) -> Iterator[Message]:
         event, words = self.take_up(event)
@@ -2571,7 +2570,8 @@ class Realtime(Foreign):
         match event:
             case {"status": "ready"} | {"updated": _}:
                 about: Message = {"id": f"sess_{self.name}", "object": "realtime.transcription_session"}
-                about |= {"type": "transcription", "audio": {"input": self._input}}
+                turns = {"turn_detection": {"type": "server_vad"}} if self._vad else {}
+                about |= {"type": "transcription", "audio": {"input": self._input | turns}}
                 yield self._say(event.get("updated", "session.created"), session=about)
             case {"refused": error}:
                 yield self._say("error", error={"type": "invalid_request_error", **error})
@@ -2584,11 +2584,11 @@ class Realtime(Foreign):
                 item = self._open(end)
                 yield self._say(f"{OPENAI_AUDIO}.speech_stopped", item, audio_end_ms=round(1000 * end))
                 yield self._commit(item, end)
-            case {"asked": "commit", "flush": end} if not self._vad:
-                yield self._commit(self._open(self.heard), end)
-            case {"asked": "clear", "flush": end}:
-                if not self._vad:
-                    item = self._open(self.heard)
+            case {"asked": ("commit", False), "flush": end}:
+                yield self._commit(self._open(self._ended), end)
+            case {"asked": ("clear", vad), "flush": end}:
+                if not vad:
+                    item = self._open(self._ended)
                     item.told, item.end = False, end
                 yield self._say(f"{OPENAI_AUDIO}.cleared")
             case {"type": "transcription"}:
@@ -2602,7 +2602,7 @@ class Realtime(Foreign):
 
     def _write(self, words: list[Word]) -> Iterator[Message]:
         """Share out words among the items: of two that became one window, by where they begin."""
-        for item in self._items or [self._open(self.heard)]:
+        for item in self._items or [self._open(self._ended)]:
             own = [word for word in words if word.start < item.end or item is self._items[-1]]
             words = words[len(own) :]
             delta = " " * bool(item.text and own) + spelled(own)
@@ -2618,7 +2618,7 @@ class Realtime(Foreign):
 
     def _commit(self, item: Item, end: float) -> Message:
         before, self._before = {"previous_item_id": self._before} if self._before else {}, item.name
-        item.end = end
+        item.end = self._ended = end
         return self._say(f"{OPENAI_AUDIO}.committed", item, **before)
 
     def _say(self, kind: str, item: Item | None = None, **more: Any) -> Message:

@@ -4950,6 +4950,75 @@ def test_what_is_wrong_is_told_a_hundred_times_and_in_letters() -> None:
     assert len(json.dumps(got)) < 200_000
 
 
+def test_audio_behind_the_end_is_no_reason_to_keep_the_text_back() -> None:
+    """A microphone that runs on behind CloseStream, while the endpoint takes its time."""
+    speech = speak([0.5, WORD, 0.1, WORD, 0.5], 8000)
+
+    async def scene(uri: str, _: Endpoint) -> tuple[list[Message], int | None]:
+        lines = [*live(raw(speech.samples), 8000), CLOSE_STREAM, *live(bytes(16_000 * 20), 8000)]
+        return await exchange(deepgram(uri, interim_results="true"), lines, patience=30.0)
+
+    got, code = with_server(scene, Endpoint(delay=15.0))
+    assert code == 1000 and deepgram_words(got) == speech.texts
+
+
+def test_who_never_configures_is_heard_as_he_speaks() -> None:
+    script = [0.5, *[item for word in VOCABULARY[:8] for item in (word, 1.0)]]
+    speech = speak(script, 24000)
+
+    async def scene(uri: str, _: Endpoint) -> list[Message]:
+        return (await exchange(realtime(uri), live(raw(speech.samples), 24000, appended)))[0]
+
+    got = with_server(scene)
+    texts = [words_of(m["transcript"]) for m in got if m["type"].endswith(".completed")]
+    assert [word for text in texts for word in text] == speech.texts and len(texts) == 8
+    (created,) = [m["session"]["audio"]["input"] for m in got if m["type"] == "session.created"]
+    assert created["turn_detection"] == {"type": "server_vad"} and created["format"]["rate"] == 24000
+
+
+def test_a_commit_is_what_it_was_when_it_was_sent() -> None:
+    """Though the next message says that the server finds the turns from now on."""
+    first, second = (raw(speak([0.2, word, 0.2], 24000).samples) for word in (WORD, OTHER))
+    lines: list[Sent] = [configured(turn_detection=None), appended(first), COMMIT]
+    lines += [configured(turn_detection={"type": "server_vad"}), appended(second)]
+
+    async def scene(uri: str, _: Endpoint) -> list[Message]:
+        return (await exchange(realtime(uri), lines))[0]
+
+    got = with_server(scene, Endpoint(delay=0.5))
+    texts = [words_of(m["transcript"]) for m in got if m["type"].endswith(".completed")]
+    assert [text for text in texts if text] == [[WORD], [OTHER]]
+    assert sum(m["type"].endswith(".committed") for m in got) == len(texts)
+
+
+def test_keywords_and_prompt_stay_what_they_are_however_often_a_client_configures() -> None:
+    said = {"model": "gpt-4o-transcribe", "prompt": "Names:", "keywords": ["alpha", "beta"]}
+    lines: list[Sent] = [configured(transcription=said)] * 3 + [configured(turn_detection=None)]
+    lines += [appended(raw(speak([0.2, WORD, 0.2], 24000).samples)), COMMIT]
+
+    async def scene(uri: str, endpoint: Endpoint) -> None:
+        await exchange(realtime(uri), lines)
+        assert endpoint.posts[-1].fields["prompt"] == ["Names: alpha, beta"]
+        configure = [{"type": "Configure", "features": {}}, raw(speak([0.3, WORD, 0.3], 8000).samples)]
+        await exchange(deepgram(uri, keyterm="gamma"), [*configure, CLOSE_STREAM])
+        assert endpoint.posts[-1].fields["prompt"] == ["gamma"]
+
+    with_server(scene)
+
+
+def test_seconds_of_items_are_those_of_their_audio() -> None:
+    lines: list[Sent] = [configured(turn_detection=None)]
+    for seconds in (3.0, 1.0, 2.0):
+        lines += [appended(raw(speak([0.3, WORD, seconds - 0.3 - DURATIONS[WORD]], 24000).samples)), COMMIT]
+
+    async def scene(uri: str, _: Endpoint) -> list[Message]:
+        return (await exchange(realtime(uri), lines))[0]
+
+    got = with_server(scene, Endpoint(delay=1.0))
+    seconds = [m["usage"]["seconds"] for m in got if m["type"].endswith(".completed")]
+    assert seconds == pytest.approx([3.0, 1.0, 2.0], abs=0.5)
+
+
 def test_a_room_without_speech_starts_none() -> None:
     room = raw(speak([4.0], 24000, noise_db=-45).samples)
 
