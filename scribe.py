@@ -1587,6 +1587,7 @@ class Session:
                 await self._remember()
                 if self.abandoned:
                     self._end("abandoned")  # as if END had come
+                self._wake.set()  # what was read back is gone on with at once
                 ending: asyncio.Task[None] | None = None
                 while ending is None or not ending.done():
                     tick = INTERIM_TICK_SECONDS if self.state.options.interim else TICK_SECONDS
@@ -2192,13 +2193,11 @@ def main() -> int:
 # their sessions: of those that were not let in yet the oldest gives way.
 
 LOCAL = ("localhost", "127.0.0.1", "::1")  # names under which only this machine is reached
-MOST_DESCRIPTORS = 1 << 16  # that are asked for; beyond it the kernel's tables cost memory
-SPARE_DESCRIPTORS = 160  # for what is no session: 100 connections that come at once, files, the bucket
+MOST_DESCRIPTORS, SPARE_DESCRIPTORS = 1 << 16, 160  # more cost memory; for connects, files, the bucket
 UNASKED_SHARE, UNASKED_MOST = 8, 512  # one in so many descriptors is for handshakes; each takes 20 KB
 LEAST_ROOM, FINISHING = 8, 2  # sessions that run at least; of MAX_SESSIONS, with those that are over
 RECEIVED_BYTES, TAKEN_BYTES = 1 << 16, 1 << 11  # at a time; of these, 350 frames at most: that takes 3 ms
-MOST_SHOWN = 16  # tokens that a handshake may show
-SUBPROTOCOLS = "token", "bearer", "realtime"  # in which browsers show one, in the next or with a prefix
+SUBPROTOCOLS, MOST_SHOWN = ("token", "bearer", "realtime"), 16  # which a token follows; tokens of a request
 QUICK_BYTES = 1 << 12  # that need not wait in line if there is time: 100 ms of PCM16 at 16 kHz
 
 
@@ -2765,6 +2764,7 @@ class Sweep:
                 try:
                     session = self._find(name)  # another server may have had it since
                     session.abandoned = session.recording.touched <= time.time() - self._grace
+                    await session.known.wait()  # most are over in no time: so there is room again
                 except SpoolError as error:
                     if not isinstance(error, Locked):  # it has just gone, and is not busy elsewhere
                         self.forget(name)

@@ -3085,6 +3085,18 @@ def test_what_comes_after_end_changes_nothing(size: int) -> None:
 # The handshake: tokens, limits, paths
 
 
+def test_a_crowd_that_leaves_is_forgotten_at_once_when_its_time_is_over(tmp_path: Path) -> None:
+    """Though the sweep lets only a few sessions run at a time."""
+
+    async def scene(uri: str, _: Endpoint) -> None:
+        for connection in await asyncio.gather(*(connect(uri, proxy=None) for _ in range(100))):
+            await connection.close()
+        await asyncio.sleep(5.0)
+        assert not left(tmp_path), "those at rest are finished at one or two sweeps"
+
+    with_server(scene, spool_dir=str(tmp_path), grace_seconds=0)
+
+
 def test_only_a_token_that_is_known_opens_the_door() -> None:
     async def scene(uri: str, _: Endpoint) -> None:
         wrong = ["", "x", "alphabeta", "alpha,beta", "alph", "alphaa", "é"]
