@@ -1587,7 +1587,7 @@ class Session:
                 await self._remember()
                 if self.abandoned:
                     self._end("abandoned")  # as if END had come
-                self._wake.set()  # what was read back is gone on with at once
+                    self._wake.set()  # and at once: the sweep has others
                 ending: asyncio.Task[None] | None = None
                 while ending is None or not ending.done():
                     tick = INTERIM_TICK_SECONDS if self.state.options.interim else TICK_SECONDS
