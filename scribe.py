@@ -2384,15 +2384,15 @@ class Foreign(Dialect):
         self.heard = self.last = 0.0  # where all text was told up to; where speech began or ended; in seconds
 
     def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
-        turns = list[tuple[bool, float]]()  # whether somebody speaks, and since when
-        for window in windows:
-            turns += [(True, window.first), (not window.clean, window.last)]
+        # whether somebody speaks, and since when
+        turns = [turn for cut in windows for turn in ((True, cut.first), (not cut.clean, cut.last))]
         if not segmenter.open:  # what had begun may have been no word
             turns.append((False, segmenter.last))
         elif not self.speaks and segmenter.last > KNOWN_BLOCKS * FLOOR_BLOCK_SECONDS:  # before, all is sound
             own = segmenter.peek().frames.between(segmenter.start)
             loud = runs([segmenter.start, *own.ends], own.levels, segmenter.floor.pause)
-            turns += [(True, min(loud))] if sum(loud.values()) >= SYLLABLES_SECONDS else []
+            if sum(loud.values()) >= SYLLABLES_SECONDS:
+                turns.append((True, max(loud, key=loud.__getitem__)))  # single frames may be noise
         for speaks, place in turns:
             if speaks != self.speaks:
                 self.speaks, self.last = speaks, place
