@@ -2391,8 +2391,8 @@ class Foreign(Dialect):
         elif not self.speaks and segmenter.last > KNOWN_BLOCKS * FLOOR_BLOCK_SECONDS:  # before, all is sound
             own = segmenter.peek().frames.between(segmenter.start)
             loud = runs([segmenter.start, *own.ends], own.levels, segmenter.floor.pause)
-            if sum(loud.values()) >= SYLLABLES_SECONDS:
-                turns.append((True, max(loud, key=loud.__getitem__)))  # single frames may be noise
+            if max(loud.values(), default=0.0) >= MIN_SPEECH_SECONDS:  # single frames may be noise
+                turns.append((True, max(loud, key=loud.__getitem__)))
         for speaks, place in turns:
             if speaks != self.speaks:
                 self.speaks, self.last = speaks, place
@@ -2435,8 +2435,8 @@ class Deepgram(Foreign):
             case "CloseStream":
                 yield "END"
             case "Configure":
-                prompt = wire_options({}, command.get("keyterms")).prompt
-                self.options = replace(self.options, prompt=prompt or self.options.prompt)
+                if (terms := command.get("keyterms")) is not None:
+                    self.options = replace(self.options, prompt=wire_options({}, terms).prompt)
                 yield from (self.options, {"configured": True})
 
     def follow(self, segmenter: Segmenter, windows: Sequence[Window]) -> Iterator[Message]:
@@ -2539,7 +2539,7 @@ class Realtime(Foreign):
                     yield from (self.options, {"updated": f"{kind}d"})
         except (AttributeError, KeyError, TypeError, ValueError, ValueRefused) as error:
             yield {"refused": {"code": "invalid_value", "message": f"{kind}: {error}", **about}}
-        if self._early and (self._flows or len(self._early) > 240_000):  # bytes: 5 s
+        if self._early and (self._flows or len(self._early) > 48_000):  # bytes: 1 s
             yield bytes(self._early)
             self._early, self._flows = bytearray(), True
 
@@ -2588,7 +2588,7 @@ class Realtime(Foreign):
             case {"asked": ("clear", vad), "flush": end}:
                 if not vad:
                     item = self._open(self._ended)
-                    item.told, item.end = False, end
+                    item.told, item.end, self._ended = False, end, end
                 yield self._say(f"{OPENAI_AUDIO}.cleared")
             case {"type": "transcription"}:
                 yield from self._write(words)

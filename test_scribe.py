@@ -5011,17 +5011,18 @@ def test_keywords_and_prompt_stay_what_they_are_however_often_a_client_configure
     async def scene(uri: str, endpoint: Endpoint) -> None:
         await exchange(realtime(uri), lines)
         assert endpoint.posts[-1].fields["prompt"] == ["Names: alpha, beta"]
-        configure = [{"type": "Configure", "features": {}}, raw(speak([0.3, WORD, 0.3], 8000).samples)]
-        await exchange(deepgram(uri, keyterm="gamma"), [*configure, CLOSE_STREAM])
-        assert endpoint.posts[-1].fields["prompt"] == ["gamma"]
+        for more, prompt in (({"features": {}}, ["gamma"]), ({"keyterms": []}, [""])):
+            configure = [{"type": "Configure", **more}, raw(speak([0.3, WORD, 0.3], 8000).samples)]
+            await exchange(deepgram(uri, keyterm="gamma"), [*configure, CLOSE_STREAM])
+            assert endpoint.posts[-1].fields.get("prompt", [""]) == prompt
 
     with_server(scene)
 
 
 def test_seconds_of_items_are_those_of_their_audio() -> None:
     lines: list[Sent] = [configured(turn_detection=None)]
-    for seconds in (3.0, 1.0, 2.0):
-        lines += [appended(raw(speak([0.3, WORD, seconds - 0.3 - DURATIONS[WORD]], 24000).samples)), COMMIT]
+    for seconds, what in ((3.0, COMMIT), (1.0, COMMIT), (4.0, CLEAR), (2.0, COMMIT)):
+        lines += [appended(raw(speak([0.3, WORD, seconds - 0.3 - DURATIONS[WORD]], 24000).samples)), what]
 
     async def scene(uri: str, _: Endpoint) -> list[Message]:
         return (await exchange(realtime(uri), lines))[0]
