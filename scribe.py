@@ -2466,8 +2466,9 @@ class Deepgram(Foreign):
             case {"type": "error", "fatal": True, "message": text}:
                 yield {"type": "Error", "variant": "SchemaError", "description": text, "message": text}
             case {"status": "complete", "duration": seconds}:
-                about = {"request_id": self.name, "created": self._opened, "duration": seconds, "channels": 1}
-                yield {"type": "Metadata", "transaction_key": "deprecated", "sha256": "", **about}
+                about = {"transaction_key": "deprecated", "sha256": "", "channels": self.options.channels}
+                about |= {"request_id": self.name, "created": self._opened, "duration": seconds}
+                yield {"type": "Metadata", **about}
         for _ in range(flushed):  # Pipecat waits for an answer to each Finalize
             yield self._results([], from_finalize=True)
 
@@ -2475,9 +2476,8 @@ class Deepgram(Foreign):
         start, end = (words[0].start, words[-1].end) if words else (self.heard, self.heard)
         spoken = list[Message]()
         for word in words:
-            bare = re.sub(r"^\W+|\W+$", "", word.text).lower()
-            known = {"word": bare, "punctuated_word": word.text.strip(), "confidence": CONFIDENCE}
-            spoken.append(known | span(word))
+            known = {"punctuated_word": word.text.strip(), "confidence": CONFIDENCE, **span(word)}
+            spoken.append({"word": re.sub(r"^\W+|\W+$", "", word.text).lower(), **known})
         text = spelled(words) if self._written else " ".join(word["word"] for word in spoken)
         said = {"transcript": text, "confidence": CONFIDENCE * bool(words), "words": spoken}
         model = {"name": "whisper", "version": VERSION, "arch": "whisper"}

@@ -4647,6 +4647,7 @@ def test_finals_on_deepgrams_wire_are_exact_disjoint_and_once(seed: int, interim
     got, code = with_server(scene, Endpoint(delay=0.4))
     assert code == 1000 and deepgram_words(got) == speech.texts
     assert got[-1]["type"] == "Metadata" and got[-1]["duration"] == pytest.approx(speech.seconds, abs=0.02)
+    assert got[-1]["channels"] == 1
     results = got[:-1]
     assert {message["type"] for message in results} == {"Results"}
     assert any(not message["is_final"] for message in results) == (interim == "true")
